@@ -1,0 +1,75 @@
+"""The dense feed-forward layer, plain or gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from switch_t5.layers.dropout import dropout
+from switch_t5.layers.initializers import Initialization, Kind, initializer
+from switch_t5.layers.parameter import parameter
+from switch_t5.partitioning.rules import constrain
+from switch_t5.types import Array, Axes
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+
+class FeedForward(nnx.Module):
+    """``wo(activation(x wi))``; with two activations, their product (GLU variants, Shazeer 2020). No biases.
+
+    With ``num_experts`` the kernels have a leading expert axis, and so has the input.
+    """
+
+    def __init__(
+        self,
+        emb_dim: int,
+        mlp_dim: int,
+        activations: tuple[str, ...],
+        convention: Initialization,
+        *,
+        num_experts: int | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activations = activations
+        expert_dims, expert_axes, mlp_axis = (), (), "mlp"
+        kind: Kind = "mlp"
+        if num_experts is not None:
+            expert_dims, expert_axes, mlp_axis = (num_experts,), ("expert",), "expert_mlp"
+            kind = "expert"
+        into = initializer(kind, convention, fan_in=emb_dim)
+        for name in self._input_names():
+            axes: Axes = (*expert_axes, "embed", mlp_axis)
+            setattr(self, name, parameter(rngs, into, (*expert_dims, emb_dim, mlp_dim), axes))
+        out_of = initializer(kind, convention, fan_in=mlp_dim)
+        self.wo = parameter(rngs, out_of, (*expert_dims, mlp_dim, emb_dim), (*expert_axes, mlp_axis, "embed"))
+
+    def _input_names(self) -> tuple[str, ...]:
+        return ("wi",) if len(self.activations) == 1 else ("wi_0", "wi_1")
+
+    def __call__(self, x: Array, *, hidden_axes: Axes, dropout_rate: float, rng: Array | None) -> Array:
+        """Applies the layer.
+
+        Args:
+          x: ``[batch, length, embed]``, or ``[expert, tokens, embed]`` where there are experts.
+          hidden_axes: the hidden activation's logical axes.
+          dropout_rate: of the hidden activation.
+          rng: None in evaluation.
+
+        Returns:
+          The shape and dtype of ``x``.
+        """
+        hidden = None
+        for name, activation in zip(self._input_names(), self.activations, strict=True):
+            branch = ACTIVATIONS[activation](x @ getattr(self, name)[...].astype(x.dtype))
+            hidden = branch if hidden is None else hidden * branch
+        assert hidden is not None
+        hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng)
+        return jnp.matmul(hidden, self.wo[...].astype(x.dtype))

@@ -1,0 +1,20 @@
+"""A parameter and the logical axes of its dimensions."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+
+from switch_t5.types import Axes
+
+
+def parameter(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+    """Creates a float32 parameter that carries its logical axes as ``axes``.
+
+    The name is not Flax's own ``sharding``, which newer versions act upon: placing parameters on a mesh is
+    the partitioning package's work alone.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"a parameter of shape {shape} cannot have the axes {axes}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)

@@ -1,0 +1,91 @@
+"""One block of an encoder or decoder: pre-normalized attention and feed-forward, each with its residual."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+from flax import nnx
+
+from switch_t5.layers.attention import Attention
+from switch_t5.layers.dense import FeedForward
+from switch_t5.layers.dropout import dropout, split_rng
+from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.normalization import RMSNorm
+from switch_t5.model.config import TransformerConfig
+from switch_t5.partitioning.rules import constrain
+from switch_t5.routing.balance import RouterStats
+from switch_t5.types import Array
+
+RESIDUAL_AXES = ("batch", "length", "embed")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mask", "self_bias", "encoded", "cross_bias"],
+    meta_fields=["train"],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockInputs:
+    """What every block of a stack reads besides the residual stream.
+
+    Attributes:
+      mask: ``[batch, length]`` bool, False for padding.
+      self_bias: ``[1 or batch, heads, length, length]`` float32: positions and mask.
+      encoded: ``[batch, encoder length, embed]``, the encoder's output; None in the encoder.
+      cross_bias: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
+      train: chooses the experts' capacity.
+    """
+
+    mask: Array
+    self_bias: Array
+    encoded: Array | None
+    cross_bias: Array | None
+    train: bool
+
+
+class Block(nnx.Module):
+    """Self-attention, in a decoder cross-attention, then a dense or sparse feed-forward."""
+
+    def __init__(self, config: TransformerConfig, *, sparse: bool, decoder: bool, rngs: nnx.Rngs) -> None:
+        self.config, self.sparse, self.decoder = config, sparse, decoder
+        attention = partial(
+            Attention, config.emb_dim, config.num_heads, config.head_dim, config.initialization, rngs=rngs
+        )
+        self.self_attention_norm = RMSNorm(config.emb_dim, rngs=rngs)
+        self.self_attention = attention()
+        if decoder:
+            self.cross_attention_norm = RMSNorm(config.emb_dim, rngs=rngs)
+            self.cross_attention = attention()
+        self.mlp_norm = RMSNorm(config.emb_dim, rngs=rngs)
+        sizes = (config.emb_dim, config.mlp_dim, config.mlp_activations, config.initialization)
+        if sparse:
+            assert config.moe is not None
+            self.mlp = SwitchFeedForward(config.moe, *sizes, rngs=rngs)
+        else:
+            self.mlp = FeedForward(*sizes, rngs=rngs)
+
+    def __call__(self, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
+        """``[batch, length, embed]`` to the same, and the router's statistics where the block is sparse."""
+        rate = self.config.dropout_rate
+        attention_rng, cross_rng, mlp_rng, *residual_rngs = split_rng(rng, 6)
+
+        y = self.self_attention_norm(x)
+        y = self.self_attention(y, y, inputs.self_bias, dropout_rate=rate, rng=attention_rng)
+        x = constrain(x + dropout(y, rate, residual_rngs[0]), RESIDUAL_AXES)
+
+        if self.decoder:
+            assert inputs.encoded is not None and inputs.cross_bias is not None
+            y = self.cross_attention_norm(x)
+            y = self.cross_attention(y, inputs.encoded, inputs.cross_bias, dropout_rate=rate, rng=cross_rng)
+            x = constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES)
+
+        y, stats = self._feed_forward(self.mlp_norm(x), inputs, mlp_rng)
+        return constrain(x + dropout(y, rate, residual_rngs[2]), RESIDUAL_AXES), stats
+
+    def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
+        if isinstance(self.mlp, SwitchFeedForward):
+            return self.mlp(y, inputs.mask, train=inputs.train, rng=rng)
+        axes = ("batch", "length", "mlp")
+        return self.mlp(y, hidden_axes=axes, dropout_rate=self.config.dropout_rate, rng=rng), None

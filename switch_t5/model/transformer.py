@@ -1,0 +1,166 @@
+"""The T5 encoder-decoder.
+
+Source: Raffel et al. 2020; with Switch layers, Fedus et al. 2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from switch_t5.layers.attention import attention_bias
+from switch_t5.layers.dropout import dropout, split_rng
+from switch_t5.layers.embedding import Embedding, LogitsDense
+from switch_t5.layers.normalization import RMSNorm
+from switch_t5.layers.relative_position import RelativePositionBias
+from switch_t5.model.blocks import RESIDUAL_AXES, BlockInputs
+from switch_t5.model.config import TransformerConfig
+from switch_t5.model.stack import Stack
+from switch_t5.partitioning.rules import constrain
+from switch_t5.routing.balance import RouterStats
+from switch_t5.types import Array, Batch
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["encoder", "decoder"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ModelStats:
+    """Router statistics of each stack, with a leading axis over its sparse layers; None where it has none."""
+
+    encoder: RouterStats | None
+    decoder: RouterStats | None
+
+    def stacks(self) -> dict[str, RouterStats]:
+        """The stacks that have sparse layers, by name."""
+        both = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: stats for name, stats in both.items() if stats is not None}
+
+
+class Coder(nnx.Module):
+    """An encoder or a decoder between embedding and logits: position bias, blocks, final norm."""
+
+    def __init__(self, config: TransformerConfig, *, decoder: bool, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.relative_position = RelativePositionBias(
+            config.num_heads,
+            config.relpos_num_buckets,
+            config.relpos_max_distance,
+            not decoder,
+            config.initialization,
+            rngs=rngs,
+        )
+        pattern = config.decoder_pattern if decoder else config.encoder_pattern
+        self.stack = Stack(config, pattern, decoder=decoder, rngs=rngs)
+        self.norm = RMSNorm(config.emb_dim, rngs=rngs)
+
+    def __call__(
+        self, x: Array, inputs: BlockInputs, rng: Array | None
+    ) -> tuple[Array, RouterStats | None]:
+        """``[batch, length, embed]`` to the same; ``inputs.self_bias`` comes without positions."""
+        rate = self.config.dropout_rate
+        input_rng, stack_rng, output_rng = split_rng(rng, 3)
+        positions = self.relative_position(x.shape[1], x.shape[1], jnp.dtype(jnp.float32))
+        inputs = dataclasses.replace(inputs, self_bias=inputs.self_bias + positions)
+        x = constrain(dropout(x, rate, input_rng), RESIDUAL_AXES)
+        x, stats = self.stack(x, inputs, stack_rng)
+        return dropout(self.norm(x), rate, output_rng), stats
+
+
+class SwitchTransformer(nnx.Module):
+    """Tokens in, logits out. A batch's features are described in :mod:`switch_t5.data.pipeline`."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        sizes = (config.vocab_size, config.emb_dim, config.initialization)
+        self.embedding = Embedding(*sizes, rngs=rngs)
+        self.encoder = Coder(config, decoder=False, rngs=rngs)
+        self.decoder = Coder(config, decoder=True, rngs=rngs)
+        if not config.tied_logits:
+            self.logits_dense = LogitsDense(*sizes, rngs=rngs)
+
+    def encode(
+        self, tokens: Array, segments: Array | None = None, *, train: bool = False, rng: Array | None = None
+    ) -> tuple[Array, RouterStats | None]:
+        """Reads the input.
+
+        Args:
+          tokens: ``[batch, length]`` int32; 0 is padding.
+          segments: ``[batch, length]`` int32, which packed example each position is of.
+          train: chooses the experts' capacity.
+          rng: for dropout and jitter; None for neither.
+
+        Returns:
+          ``[batch, length, embed]`` and the encoder's router statistics.
+        """
+        mask = tokens > 0
+        bias = attention_bias(mask, mask, query_segments=segments, key_segments=segments)
+        inputs = BlockInputs(mask, bias, None, None, train)
+        return self.encoder(self.embedding(tokens, self.config.activation_dtype), inputs, rng)
+
+    def decode(
+        self,
+        encoded: Array,
+        encoder_tokens: Array,
+        input_tokens: Array,
+        mask: Array,
+        encoder_segments: Array | None = None,
+        segments: Array | None = None,
+        *,
+        train: bool = False,
+        rng: Array | None = None,
+    ) -> tuple[Array, RouterStats | None]:
+        """Runs the decoder, teacher-forced.
+
+        Args:
+          encoded: ``[batch, encoder length, embed]``.
+          encoder_tokens: ``[batch, encoder length]`` int32, for the mask.
+          input_tokens: ``[batch, length]`` int32: the targets shifted right.
+          mask: ``[batch, length]`` bool: positions with a target.
+          encoder_segments: ``[batch, encoder length]`` int32.
+          segments: ``[batch, length]`` int32.
+          train: chooses the experts' capacity.
+          rng: None for neither dropout nor jitter.
+
+        Returns:
+          ``[batch, length, embed]``, to be multiplied by :meth:`output_kernel`, and the statistics.
+        """
+        self_bias = attention_bias(mask, mask, query_segments=segments, key_segments=segments, causal=True)
+        cross_bias = attention_bias(
+            mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments
+        )
+        inputs = BlockInputs(mask, self_bias, encoded, cross_bias, train)
+        return self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
+
+    def output_kernel(self) -> Array:
+        """``[vocab, embed]`` float32: logits are the decoder's output times its transpose."""
+        return (self.embedding if self.config.tied_logits else self.logits_dense).output_kernel()
+
+    def __call__(self, batch: Batch, *, train: bool = False, rng: Array | None = None) -> tuple[Array, ModelStats]:
+        """Runs encoder and decoder on a batch.
+
+        Returns:
+          The decoder's output ``[batch, length, embed]`` before the logits, so that a loss may compute them
+          piecewise, and the router statistics.
+        """
+        encoder_rng, decoder_rng = split_rng(rng, 2)
+        encoder_tokens, encoder_segments = batch["encoder_input_tokens"], batch.get("encoder_segment_ids")
+        encoded, encoder_stats = self.encode(encoder_tokens, encoder_segments, train=train, rng=encoder_rng)
+        hidden, decoder_stats = self.decode(
+            encoded,
+            encoder_tokens,
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"] > 0,
+            encoder_segments,
+            batch.get("decoder_segment_ids"),
+            train=train,
+            rng=decoder_rng,
+        )
+        return hidden, ModelStats(encoder_stats, decoder_stats)
+
+
+def logits(hidden: Array, output_kernel: Array) -> Array:
+    """``[..., embed]`` and ``[vocab, embed]`` to ``[..., vocab]``, in float32."""
+    return jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), output_kernel)

@@ -1,0 +1,74 @@
+"""Devices to a mesh of data, expert and model parallelism."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from switch_t5.errors import ConfigError, check_types
+
+MESH_AXES = ("data", "expert", "model")
+BATCH_AXES = ("data", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are divided.
+
+    Attributes:
+      num_expert_partitions: devices that a layer's experts are spread over.
+      num_model_partitions: devices that attention heads, feed-forward and vocabulary are split over.
+      num_devices: devices to use, from the first on; None for all there are.
+
+    What is left, devices / (expert x model), replicates the parameters: pure data parallelism. The batch is
+    split over data and expert alike.
+    """
+
+    num_expert_partitions: int = 1
+    num_model_partitions: int = 1
+    num_devices: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for field in ("num_expert_partitions", "num_model_partitions"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"MeshConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices as ``Mesh('data', 'expert', 'model')``.
+
+    Raises:
+      ConfigError: more devices or partitions are asked for than there are, or the partitions do not divide
+        the devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    wanted = config.num_devices if config.num_devices is not None else len(devices)
+    if not 1 <= wanted <= len(devices):
+        raise ConfigError("MeshConfig.num_devices", f"must be from 1 to {len(devices)}, the devices here, got {wanted}.")
+    devices = devices[:wanted]
+    partitions = config.num_expert_partitions * config.num_model_partitions
+    if partitions > wanted:
+        raise ConfigError(
+            "MeshConfig.num_expert_partitions",
+            f"x num_model_partitions is {config.num_expert_partitions} x {config.num_model_partitions} = {partitions} "
+            f"partitions, more than the {wanted} device(s) here; lower them, or on CPU raise NUM_CPU_DEVICES.",
+        )
+    if wanted % partitions:
+        usable = max(d for d in range(1, wanted + 1) if wanted % d == 0 and d <= partitions)
+        raise ConfigError(
+            "MeshConfig.num_expert_partitions",
+            f"x num_model_partitions is {config.num_expert_partitions} x {config.num_model_partitions} = {partitions} "
+            f"partitions, which do not divide {wanted} devices; the nearest product that does is {usable}.",
+        )
+    shape = (wanted // partitions, config.num_expert_partitions, config.num_model_partitions)
+    return Mesh(mesh_utils.create_device_mesh(shape, devices), MESH_AXES)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """The number of shards a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["expert"]

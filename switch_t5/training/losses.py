@@ -1,0 +1,183 @@
+"""The loss of a batch, as sums that add over microbatches and one division by totals known beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switch_t5.errors import ConfigError, check_types
+from switch_t5.model.transformer import ModelStats, logits
+from switch_t5.types import Array, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is minimized.
+
+    Attributes:
+      label_smoothing: probability spread over the other entries of the vocabulary.
+      z_loss: weight of ``logsumexp(logits)^2``.
+      load_balance_loss_weight: alpha of eq. 4.
+      router_z_loss_weight: weight of the router z-loss.
+      sparse_layer_reduction: the router's losses are averaged over sparse layers (T5X) or summed (Mesh
+        TensorFlow).
+      loss_normalizing_factor: what the summed cross-entropy is divided by: ``num_real_target_tokens``,
+        ``num_total_target_tokens`` (padding counted) or a number.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 1e-4
+    load_balance_loss_weight: float = 1e-2
+    router_z_loss_weight: float = 0.0
+    sparse_layer_reduction: Literal["mean", "sum"] = "mean"
+    loss_normalizing_factor: float | Literal["num_real_target_tokens", "num_total_target_tokens"] = (
+        "num_real_target_tokens"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError("LossConfig.label_smoothing", f"must be in [0, 1), got {self.label_smoothing}.")
+        for field in ("z_loss", "load_balance_loss_weight", "router_z_loss_weight"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"LossConfig.{field}", f"must not be negative, got {getattr(self, field)}.")
+        factor = self.loss_normalizing_factor
+        if not isinstance(factor, str) and factor <= 0:
+            raise ConfigError("LossConfig.loss_normalizing_factor", f"must be above 0, got {factor}.")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["normalizer", "encoder", "decoder"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Denominators of a whole batch, which no parameter changes.
+
+    Attributes:
+      normalizer: of the cross-entropy.
+      encoder: real tokens the encoder's routers see.
+      decoder: the same of the decoder.
+    """
+
+    normalizer: Array
+    encoder: Array
+    decoder: Array
+
+
+def batch_totals(batch: Batch, config: LossConfig) -> Totals:
+    """Counts a batch's tokens."""
+    weights = batch["decoder_loss_weights"]
+    match config.loss_normalizing_factor:
+        case "num_real_target_tokens":
+            normalizer = jnp.maximum(jnp.sum(weights), 1)
+        case "num_total_target_tokens":
+            normalizer = jnp.asarray(weights.size, jnp.float32)
+        case number:
+            normalizer = jnp.asarray(number, jnp.float32)
+    return Totals(
+        normalizer=normalizer.astype(jnp.float32),
+        encoder=jnp.maximum(jnp.sum(batch["encoder_input_tokens"] > 0), 1).astype(jnp.float32),
+        decoder=jnp.maximum(jnp.sum(batch["decoder_target_tokens"] > 0), 1).astype(jnp.float32),
+    )
+
+
+def router_loss(stats: ModelStats, totals: Totals, config: LossConfig) -> dict[str, Array]:
+    """The router's losses of a (micro)batch, each over its stack's tokens and reduced over sparse layers.
+
+    Returns:
+      ``load_balance_loss`` and ``router_z_loss``, unweighted scalars; empty for a dense model.
+    """
+    stacks = stats.stacks()
+    if not stacks:
+        return {}
+    num_layers = sum(stack.tokens.shape[0] for stack in stacks.values())
+    scale = 1 / num_layers if config.sparse_layer_reduction == "mean" else 1.0
+
+    def reduce(name: str) -> Array:
+        return scale * sum(
+            (jnp.sum(getattr(stack, name)) / getattr(totals, which) for which, stack in stacks.items()),
+            start=jnp.zeros(()),
+        )
+
+    return {name: reduce(name) for name in ("load_balance_loss", "router_z_loss")}
+
+
+def cross_entropy(
+    hidden: Array,
+    output_kernel: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Array, Array]:
+    """Summed cross-entropy and summed z-loss of a batch.
+
+    With label smoothing the constant entropy of the smoothed target is subtracted, so that a perfect
+    prediction costs 0, as in T5.
+
+    Args:
+      hidden: ``[batch, length, embed]``, the decoder's output.
+      output_kernel: ``[vocab, embed]`` float32.
+      targets: ``[batch, length]`` int32.
+      weights: ``[batch, length]`` float32; 0 for padding.
+      label_smoothing: see :class:`LossConfig`.
+      z_loss: see :class:`LossConfig`.
+
+    Returns:
+      Two float32 scalars in nats: the weighted sums of the cross-entropy and of ``z_loss * logsumexp^2``.
+    """
+    values = logits(hidden, output_kernel)
+    return _cross_entropy(values, targets, weights, label_smoothing, z_loss)
+
+
+def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float, float]:
+    """Target probabilities of the right entry and of every other, and the entropy of that distribution."""
+    right = 1.0 - label_smoothing
+    other = label_smoothing / (vocab_size - 1)
+    entropy = -(right * np.log(right) + (vocab_size - 1) * other * np.log(other + 1e-20))
+    return right, other, float(entropy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cross_entropy(
+    values: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
+) -> tuple[Array, Array]:
+    return _cross_entropy_forward(values, targets, weights, label_smoothing, z_loss)[0]
+
+
+def _cross_entropy_forward(
+    values: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
+    right, other, entropy = _confidences(label_smoothing, values.shape[-1])
+    log_z = jax.nn.logsumexp(values, axis=-1)
+    # A masked sum: reading the target's logit by index would gather a vocabulary that is sharded.
+    is_target = targets[..., None] == jnp.arange(values.shape[-1])
+    target_logit = jnp.sum(jnp.where(is_target, values, 0), axis=-1)
+    loss = log_z - (right - other) * target_logit - entropy
+    if other:
+        loss -= other * jnp.sum(values, axis=-1)
+    sums = jnp.sum(loss * weights), z_loss * jnp.sum(jnp.square(log_z) * weights)
+    return sums, (values, targets, weights, log_z)
+
+
+def _cross_entropy_backward(
+    label_smoothing: float,
+    z_loss: float,
+    residuals: tuple[Array, Array, Array, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, np.ndarray, Array]:
+    values, targets, weights, log_z = residuals
+    right, other, _ = _confidences(label_smoothing, values.shape[-1])
+    of_loss, of_z = (cotangent * weights for cotangent in cotangents)
+    slope = (of_loss + of_z * 2 * z_loss * log_z)[..., None]
+    is_target = targets[..., None] == jnp.arange(values.shape[-1])
+    probs = jnp.exp(values - log_z[..., None])
+    d_values = slope * probs - of_loss[..., None] * jnp.where(is_target, right, other)
+    return d_values, np.zeros(targets.shape, jax.dtypes.float0), jnp.zeros_like(weights)
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
