@@ -33,9 +33,12 @@ def test_a_directory_under_a_file_is_named(tmp_path):
 
 
 def test_a_device_without_room_is_the_users_to_mend():
-    with pytest.raises(UserError) as caught, storage_errors("Writing /dev/full", "nothing is lost"):
-        with open("/dev/full", "wb", buffering=0) as file:
-            file.write(b"x")
+    with (
+        open("/dev/full", "wb", buffering=0) as file,
+        pytest.raises(UserError) as caught,
+        storage_errors("Writing /dev/full", "nothing is lost"),
+    ):
+        file.write(b"x")
     assert str(caught.value) == (
         "Writing /dev/full failed (No space left on device): make room there; nothing is lost."
     )
@@ -57,11 +60,10 @@ def test_the_error_number_inside_a_tensorstore_text_counts():
 
 
 def test_the_cause_of_an_error_counts():
+    error = RuntimeError("the save failed")
+    error.__cause__ = OSError(errno.ENOSPC, "full")
     with pytest.raises(UserError, match="No space left on device"), storage_errors("Saving"):
-        try:
-            raise OSError(errno.ENOSPC, "full")
-        except OSError as error:
-            raise RuntimeError("the save failed") from error
+        raise error
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "io"), KeyError("x")])

@@ -235,9 +235,9 @@ class Checkpointer:
         """
         step = self._existing(step)
         wanted = naming.named_leaves({name: abstract_part})
-        prefix = name + naming.SEPARATOR
         with self._read_errors(step):
-            saved = {key: leaf for key, leaf in self._saved_leaves(step).items() if key.startswith(prefix)}
+            leaves = self._saved_leaves(step)
+            saved = {key: leaf for key, leaf in leaves.items() if key.split(naming.SEPARATOR)[0] == name}
             self._check_fit(step, wanted, saved, dtypes=False)
             items = self._read(step, wanted)
         return naming.like({name: abstract_part}, naming.named_leaves(items["state"]))[name]
@@ -276,9 +276,14 @@ class Checkpointer:
 
     def _saved_leaves(self, step: int) -> dict[str, Any]:
         """Shape and dtype of each leaf in a checkpoint, by name; no array is read."""
-        return naming.named_leaves(self._manager.item_metadata(step)["state"].tree)
+        items = self._manager.item_metadata(step)
+        if "state" not in items:
+            raise FileNotFoundError("it has no state")
+        return naming.named_leaves(items["state"].tree)
 
     def _existing(self, step: int | None) -> int:
+        """The step, or the newest; one that is still being saved is waited for."""
+        self.wait()
         steps = self.steps()
         if step is None and steps:
             return steps[-1]
@@ -326,7 +331,13 @@ class Checkpointer:
             policies.append(ocp.checkpoint_managers.EveryNSteps(config.keep_period))
         quality = functools.partial(_quality, name=config.keep_best, mode=config.keep_best_mode)
         if config.keep_best is not None:
-            policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=quality, n=config.keep_best_count))
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=quality,
+                    n=config.keep_best_count,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         return ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             # Orbax stores metrics only where it is told of a way to rank them.

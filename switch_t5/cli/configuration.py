@@ -36,7 +36,7 @@ from switch_t5.errors import ConfigError, UserError
 
 # What gin files may set and build: bare name -> "module:attribute", imported when first needed.
 CONFIGURABLES: dict[str, str] = {
-    "RunConfig": "switch_t5.cli.build:RunConfig",
+    "RuntimeConfig": "switch_t5.cli.runtime:RuntimeConfig",
     "TransformerConfig": "switch_t5.model.config:TransformerConfig",
     "MoEConfig": "switch_t5.model.config:MoEConfig",
     "MeshConfig": "switch_t5.partitioning.mesh:MeshConfig",
@@ -52,6 +52,7 @@ CONFIGURABLES: dict[str, str] = {
     "adafactor": "switch_t5.training.optimizers:adafactor",
     "adamw": "switch_t5.training.optimizers:adamw",
     "sgd": "switch_t5.training.optimizers:sgd",
+    "optax_optimizer": "switch_t5.training.optimizers:optax_optimizer",
 }
 
 # The scopes that the commands build in, beside those that gin files refer to themselves.

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -221,11 +222,12 @@ def _sentence(text: str) -> str:
 
 
 def _standard_output_is_broken() -> bool:
-    """Tells whether standard output is what nobody reads any more, and if so silences it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at exit, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Tells whether standard output is the pipe that nobody reads any more, and if so silences it."""
+    descriptor = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    # Python flushes once more at exit, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etils import epath
+
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors, writable_directory
 
@@ -55,6 +57,15 @@ def load_vocabulary(path: str | None, extra_ids: int = EXTRA_IDS) -> seqio.Vocab
             f"{vocabulary.eos_id}; T5's are 0 and 1: train one with `switch-t5 data vocabulary`."
         )
     return vocabulary
+
+
+def count_pieces(path: str) -> int:
+    """Returns the number of pieces in a SentencePiece model's file.
+
+    Raises:
+      UserError: the file cannot be read or is no such model.
+    """
+    return len(_read_pieces(path))
 
 
 def count_sentinels(vocabulary: seqio.Vocabulary) -> int:
@@ -148,15 +159,12 @@ def _read_pieces(path: str) -> list[str]:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    from switch_t5.data.tensorflow_runtime import tf
-
     if path.startswith(("http://", "https://")):
         raise UserError(f"Vocabulary {path} is on the web: download it and give the file's path (or gs://...).")
     try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            serialized = file.read()
-    except tf.errors.OpError as error:
-        raise UserError(f"Vocabulary {path} cannot be read: {type(error).__name__}.") from None
+        serialized = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"Vocabulary {path} cannot be read: {error.strerror or error}.") from None
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(serialized)

@@ -37,7 +37,7 @@ class MoEConfig:
 
     Attributes:
       num_experts: experts in each sparse layer.
-      group_size: tokens routed together at the most, see :func:`switch_t5.routing.capacity.group_shape`. A
+      group_size: encoder tokens routed together, see :func:`switch_t5.routing.capacity.group_shape`. A
         group's tokens compete for an expert's slots, so this is part of the model and never of the mesh.
       train_capacity_factor: slots per token in training.
       eval_capacity_factor: slots per token in evaluation.
@@ -94,12 +94,15 @@ class SwitchFeedForward(nnx.Module):
             emb_dim, mlp_dim, activations, convention, num_experts=config.num_experts, rngs=rngs
         )
 
-    def __call__(self, x: Array, mask: Array, *, train: bool, rng: Array | None) -> tuple[Array, RouterStats]:
+    def __call__(
+        self, x: Array, mask: Array, *, sequences: int, train: bool, rng: Array | None
+    ) -> tuple[Array, RouterStats]:
         """Routes, dispatches, applies the experts and combines.
 
         Args:
           x: ``[batch, length, embed]``.
           mask: ``[batch, length]`` bool; False for padding, which takes no slot and counts nowhere.
+          sequences: sequences in a routing group.
           train: chooses the capacity factor, and jitter and dropout where there is an ``rng``.
           rng: None where nothing is random.
 
@@ -107,7 +110,7 @@ class SwitchFeedForward(nnx.Module):
           ``[batch, length, embed]`` (zero for a token without a slot) and the layer's statistics.
         """
         batch, length, emb_dim = x.shape
-        groups, tokens = group_shape(batch, length, self.config.group_size)
+        groups, tokens = group_shape(batch, length, self.config.group_size, sequences)
         x = constrain(x.reshape(groups, tokens, emb_dim), TOKEN_AXES)
         mask = mask.reshape(groups, tokens)
         jitter_rng, dropout_rng = split_rng(rng, 2)

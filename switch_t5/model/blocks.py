@@ -24,7 +24,7 @@ RESIDUAL_AXES = ("batch", "length", "embed")
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["mask", "self_bias", "encoded", "cross_bias"],
-    meta_fields=["train"],
+    meta_fields=["sequences", "train"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockInputs:
@@ -35,6 +35,7 @@ class BlockInputs:
       self_bias: ``[1 or batch, heads, length, length]`` float32: positions and mask.
       encoded: ``[batch, encoder length, embed]``, the encoder's output; None in the encoder.
       cross_bias: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
+      sequences: sequences in a routing group.
       train: chooses the experts' capacity.
     """
 
@@ -42,6 +43,7 @@ class BlockInputs:
     self_bias: Array
     encoded: Array | None
     cross_bias: Array | None
+    sequences: int
     train: bool
 
 
@@ -86,6 +88,6 @@ class Block(nnx.Module):
 
     def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
         if isinstance(self.mlp, SwitchFeedForward):
-            return self.mlp(y, inputs.mask, train=inputs.train, rng=rng)
+            return self.mlp(y, inputs.mask, sequences=inputs.sequences, train=inputs.train, rng=rng)
         axes = ("batch", "length", "mlp")
         return self.mlp(y, hidden_axes=axes, dropout_rate=self.config.dropout_rate, rng=rng), None

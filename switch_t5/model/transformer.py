@@ -22,6 +22,7 @@ from switch_t5.model.config import TransformerConfig
 from switch_t5.model.stack import Stack
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import RouterStats
+from switch_t5.routing.capacity import sequences_per_group
 from switch_t5.types import Array, Batch
 
 
@@ -97,7 +98,7 @@ class SwitchTransformer(nnx.Module):
         """
         mask = tokens > 0
         bias = attention_bias(mask, mask, query_segments=segments, key_segments=segments)
-        inputs = BlockInputs(mask, bias, None, None, train)
+        inputs = BlockInputs(mask, bias, None, None, self._sequences(tokens), train)
         return self.encoder(self.embedding(tokens, self.config.activation_dtype), inputs, rng)
 
     def decode(
@@ -131,8 +132,13 @@ class SwitchTransformer(nnx.Module):
         cross_bias = attention_bias(
             mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments
         )
-        inputs = BlockInputs(mask, self_bias, encoded, cross_bias, train)
+        inputs = BlockInputs(mask, self_bias, encoded, cross_bias, self._sequences(encoder_tokens), train)
         return self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
+
+    def _sequences(self, encoder_tokens: Array) -> int:
+        """Sequences in a routing group."""
+        moe = self.config.moe
+        return 1 if moe is None else sequences_per_group(moe.group_size, encoder_tokens.shape[1])
 
     def output_kernel(self) -> Array:
         """``[vocab, embed]`` float32: logits are the decoder's output times its transpose."""

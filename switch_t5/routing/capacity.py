@@ -11,13 +11,28 @@ from typing import Literal
 Rounding = Literal["floor", "round", "ceil"]
 
 
-def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
+def sequences_per_group(group_size: int, encoder_length: int) -> int:
+    """Whole sequences in a routing group: as many encoder inputs as ``group_size`` tokens hold, at least one.
+
+    The decoder groups the same sequences, whose targets are shorter: one number then says how a batch may be
+    split over devices and microbatches.
+    """
+    return max(1, group_size // encoder_length)
+
+
+def group_shape(batch: int, length: int, group_size: int, sequences: int) -> tuple[int, int]:
     """Divides ``[batch, length]`` tokens into routing groups.
 
-    A group holds ``group_size // length`` whole sequences, or, where not even one fits, an equal part of a
-    sequence: the largest divisor of ``length`` that is at most ``group_size``. So a group depends on the
-    length and on ``group_size`` alone, never on the mesh or on how a batch is split into microbatches. A
-    batch with fewer sequences than a group is one group.
+    A group is a number of whole sequences, or, where one alone exceeds ``group_size``, an equal part of a
+    sequence: the largest divisor of ``length`` that does not. So it depends on lengths and configuration,
+    never on the mesh or on how a batch is split into microbatches. Only a batch that is smaller than a
+    group, as in inference, is one group whatever its size.
+
+    Args:
+      batch: sequences.
+      length: tokens in each.
+      group_size: tokens in a group at the most.
+      sequences: of :func:`sequences_per_group`.
 
     Returns:
       (groups, tokens in each).
@@ -26,15 +41,12 @@ def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
       ValueError: the batch is not a whole number of groups.
     """
     if length > group_size:
-        tokens = max(d for d in range(1, group_size + 1) if length % d == 0)
+        tokens = max(divisor for divisor in range(1, group_size + 1) if length % divisor == 0)
         return batch * (length // tokens), tokens
-    rows = min(group_size // length, batch)
-    if batch % rows:
-        raise ValueError(
-            f"groups of {rows} sequences ({group_size} tokens of group_size / {length} of length) do not divide "
-            f"a batch of {batch} sequences"
-        )
-    return batch // rows, rows * length
+    sequences = min(sequences, batch)
+    if batch % sequences:
+        raise ValueError(f"routing groups of {sequences} sequences do not divide a batch of {batch}")
+    return batch // sequences, sequences * length
 
 
 def expert_capacity(

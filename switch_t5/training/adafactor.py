@@ -2,7 +2,7 @@
 
 Adafactor keeps two vectors of second moments for a matrix, the means of the squared gradient over its
 columns (``v_row``) and over its rows (``v_col``), and takes ``v_row v_col / mean(v_row)`` for the moments
-of its entries. It clips the root mean square of each parameter's update and scales it by that of the parameter.
+of its entries. It clips the root mean square of each parameter's update, and scales it by the parameter's.
 
 What is *one* matrix is read from a parameter's axis names, never guessed from its shape:
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from switch_t5.training.schedules import check_flag, check_number
-from switch_t5.types import Array, Axes, Params
+from switch_t5.types import Array, Axes
 
 AxesTree = Any
 """A nested dict shaped as the parameters, each leaf a parameter's axis names, one a dim."""
@@ -47,16 +48,16 @@ class AdafactorOptions:
       decay_rate: the second moments' decay at update t, counted from 1, is ``1 - t ** -decay_rate``.
       step_offset: updates not counted in t: when fine-tuning resumes a pre-training state, the step it starts
         from, so that the moments are forgotten and gathered anew. Until the offset is reached t stays 1.
-      clipping_threshold: the highest root mean square of an update before the learning rate; None never clips.
+      clipping_threshold: the highest root mean square of an update before the rate; None never clips.
       multiply_by_parameter_scale: the learning rate is relative to the parameter's root mean square.
       beta1: decay of the momentum, which is gathered from finished updates; None keeps none.
       weight_decay_rate: the share of each parameter taken away at each update, the learning rate left out of
         it as in T5X; None takes nothing.
       factored: False keeps every second moment whole.
       min_dim_size_to_factor: a matrix with a smaller dim keeps its second moments whole.
-      factor_small_stacks: factors stacked matrices (experts, scanned layers) whatever their size, and those with
-        a dim that has no name (scanned routers) never, which is what T5X does; False treats a stack as its
-        members.
+      factor_small_stacks: factors stacked matrices (experts, scanned layers) whatever their size, and those
+        with a dim that has no name (scanned routers) never, which is what T5X does; False treats a stack as
+        its members.
       epsilon1: added to the squared gradient.
       epsilon2: the least parameter scale.
       clip_by_global_norm: scales all gradients down together to this l2 norm at most, first of all; None
@@ -85,16 +86,22 @@ class AdafactorOptions:
         check_number("adafactor.clipping_threshold", self.clipping_threshold, above=0, optional=True)
         check_flag("adafactor.multiply_by_parameter_scale", self.multiply_by_parameter_scale)
         check_number("adafactor.beta1", self.beta1, at_least=0, below=1, optional=True)
-        check_number("adafactor.weight_decay_rate", self.weight_decay_rate, at_least=0, below=1, optional=True)
+        check_number(
+            "adafactor.weight_decay_rate", self.weight_decay_rate, at_least=0, below=1, optional=True
+        )
         check_flag("adafactor.factored", self.factored)
-        check_number("adafactor.min_dim_size_to_factor", self.min_dim_size_to_factor, at_least=1, integer=True)
+        check_number(
+            "adafactor.min_dim_size_to_factor", self.min_dim_size_to_factor, at_least=1, integer=True
+        )
         check_flag("adafactor.factor_small_stacks", self.factor_small_stacks)
         check_number("adafactor.epsilon1", self.epsilon1, at_least=0)
         check_number("adafactor.epsilon2", self.epsilon2, at_least=0)
         check_number("adafactor.clip_by_global_norm", self.clip_by_global_norm, above=0, optional=True)
 
 
-class AdafactorState(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["count", "moments"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class AdafactorState:
     """The state of Adafactor.
 
     Attributes:
@@ -121,7 +128,7 @@ class Factoring(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """What all parameters share in one update, float32 scalars; ``gradient_scale`` is None without clipping."""
+    """What all parameters share in an update, float32 scalars; ``gradient_scale`` is None without a limit."""
 
     learning_rate: Array
     decay: Array
@@ -134,7 +141,7 @@ def adafactor_transformation(
     """Returns Adafactor, learning rate and sign included, as a gradient transformation.
 
     Its updates are float32 whatever the dtype of parameters and gradients, and are to be added to the
-    parameters; ``update`` needs the parameters. Under one ``jax.jit`` with ``optax.apply_updates`` the updates are
+    parameters; ``update`` needs the parameters. Under one ``jax.jit`` with ``optax.apply_updates`` they are
     fused into the addition, and nothing as large as a gradient is held beside the gradients themselves.
 
     Args:
@@ -146,18 +153,18 @@ def adafactor_transformation(
       ValueError: from ``init`` and ``update``, when a parameter and its axis names do not fit.
     """
 
-    def init(params: Params) -> AdafactorState:
+    def init(params: Any) -> Any:
         plans = _plans(params, parameter_axes, options)
         leaves, treedef = jax.tree.flatten(params)
         moments = [_initial_moments(*leaf, options) for leaf in zip(leaves, plans, strict=True)]
         return AdafactorState(jnp.zeros([], jnp.int32), jax.tree.unflatten(treedef, moments))
 
-    def update(gradients: Params, state: AdafactorState, params: Params | None = None) -> tuple[Params, AdafactorState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("Adafactor needs the params to update them")
+            raise ValueError("Adafactor needs the params to update them.")
         plans = _plans(params, parameter_axes, options)
         leaves, treedef = jax.tree.flatten(params)
-        gradient_leaves = treedef.flatten_up_to(gradients)
+        gradient_leaves = treedef.flatten_up_to(updates)
         squares = [_row_mean_square(*leaf) for leaf in zip(gradient_leaves, plans, strict=True)]
         t = jnp.maximum(state.count - options.step_offset + 1, 1).astype(jnp.float32)
         shared = _Update(
@@ -170,8 +177,8 @@ def adafactor_transformation(
             _parameter_update(shared, options, *leaf)
             for leaf in zip(plans, leaves, gradient_leaves, squares, moment_leaves, strict=True)
         ]
-        updates, moments = (jax.tree.unflatten(treedef, [pair[index] for pair in pairs]) for index in (0, 1))
-        return updates, AdafactorState(optax.safe_increment(state.count), moments)
+        steps, moments = (jax.tree.unflatten(treedef, [pair[index] for pair in pairs]) for index in (0, 1))
+        return steps, AdafactorState(jnp.asarray(optax.safe_increment(state.count)), moments)
 
     return optax.GradientTransformation(init, update)
 
@@ -347,10 +354,10 @@ def _row_and_column_factors(
 ) -> tuple[list[Array], Array, Moments]:
     """Returns the factors of a matrix's update, its mean square before clipping, and the new moments.
 
-    The gradient is read three times, once for each mean, and its square is never held: the mean square of the
-    update is a mean over rows of means over columns, the second weighted by the column factor alone. Each
-    reading goes by ``_afresh``, without which XLA computes what they have in common once, keeps it, and spends more
-    time on that array than on all the rest.
+    The gradient is read once for each mean, three times in all, and its square is never held: the mean square
+    of the update is a mean over rows of means over columns, of which only the inner is as large as the
+    gradient, and needs the column factor alone. Readings after the first go by ``_afresh``, without which XLA
+    computes what they have in common once, keeps it, and spends more time on that array than on all the rest.
     """
     rows, columns = plan.rows, plan.columns
     v_row = _decayed(shared, options, jnp.expand_dims(moments["v_row"], columns), row_mean_square)
@@ -374,7 +381,7 @@ def _row_and_column_factors(
 def _whole_factors(
     shared: _Update, options: AdafactorOptions, plan: Factoring, gradient: Array, moments: Moments
 ) -> tuple[list[Array], Array, Moments]:
-    """Returns the factor of an update whose moments are whole, its mean square before clipping, the moments."""
+    """Returns the factor of an update with whole moments, its mean square before clipping, the moments."""
     v = _decayed(shared, options, moments["v"], jnp.square(gradient.astype(jnp.float32)))
     fresh_gradient, fresh_v = _afresh(gradient, v)
     mean_square = _mean_square(fresh_gradient.astype(jnp.float32) * jax.lax.rsqrt(fresh_v), plan.own)
@@ -384,9 +391,7 @@ def _whole_factors(
     return [factor], mean_square, {"v": v}
 
 
-def _decayed(
-    shared: _Update, options: AdafactorOptions, moment: Array, mean_square: Array
-) -> Array:
+def _decayed(shared: _Update, options: AdafactorOptions, moment: Array, mean_square: Array) -> Array:
     if shared.gradient_scale is not None:
         mean_square = mean_square * jnp.square(shared.gradient_scale)
     return shared.decay * moment + (1.0 - shared.decay) * (mean_square + options.epsilon1)

@@ -51,8 +51,10 @@ OPTAX_OPTIMIZERS = (
     "sign_sgd",
     "yogi",
 )
-"""What ``optax_optimizer`` makes: those of optax that treat each entry of a parameter alike and apart. One that takes
-norms of whole parameters (LAMB, LARS, optax's Adafactor) would mix the experts of a stack."""
+"""What ``optax_optimizer`` makes: those of optax that move each entry of a parameter by its own gradients.
+
+One that takes norms of whole parameters (LAMB, LARS, optax's Adafactor) would mix the experts of a stack.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,7 @@ def adamw(
     check_number("adamw.eps", eps, at_least=0)
     check_number("adamw.weight_decay", weight_decay, at_least=0)
     check_flag("adamw.decay_vectors", decay_vectors)
+    check_number("adamw.clip_by_global_norm", clip_by_global_norm, above=0, optional=True)
 
     def build(parameter_axes: AxesTree) -> optax.GradientTransformation:
         mask = None if decay_vectors else _matrices(parameter_axes)
@@ -175,6 +178,7 @@ def sgd(
     schedule = _as_schedule("sgd", learning_rate)
     check_number("sgd.momentum", momentum, at_least=0, below=1, optional=True)
     check_flag("sgd.nesterov", nesterov)
+    check_number("sgd.clip_by_global_norm", clip_by_global_norm, above=0, optional=True)
     return _with_clipping(
         "sgd", schedule, lambda _: optax.sgd(schedule, momentum, nesterov), clip_by_global_norm
     )
@@ -202,6 +206,7 @@ def optax_optimizer(
         hint = closest(str(name), OPTAX_OPTIMIZERS) or f" There are {', '.join(OPTAX_OPTIMIZERS)}."
         raise ConfigError("optax_optimizer.name", f"must be an optimizer of optax, got {name!r}.{hint}")
     schedule = _as_schedule("optax_optimizer", learning_rate)
+    check_number("optax_optimizer.clip_by_global_norm", clip_by_global_norm, above=0, optional=True)
     make = getattr(optax, name)
     defaults = {key: taken.default for key, taken in inspect.signature(make).parameters.items()}
     del defaults["learning_rate"]
@@ -224,8 +229,8 @@ def state_axes(opt_state: Any, params: Any, parameter_axes: AxesTree) -> Any:
     """Returns the axis names of each array of an optimizer's state, so that it is sharded as its parameter.
 
     The state may be that of any transformation that keeps its arrays in trees shaped as the parameters. A
-    scalar has no axes; an array of its parameter's shape has its parameter's; Adafactor's ``v_row`` and ``v_col``
-    have those that are left of its parameter's.
+    scalar has no axes; an array of its parameter's shape has its parameter's; Adafactor's ``v_row`` and
+    ``v_col`` have those that are left of its parameter's.
 
     Args:
       opt_state: the state, or its ``jax.eval_shape``.
@@ -275,7 +280,8 @@ def _as_schedule(optimizer: str, learning_rate: optax.Schedule | float) -> optax
     if callable(learning_rate):
         if "base_learning_rate" in inspect.signature(learning_rate).parameters:
             raise ConfigError(
-                f"{optimizer}.learning_rate", "must be a schedule, got what makes one; call it, as in @rsqrt_decay()."
+                f"{optimizer}.learning_rate",
+                "must be a schedule, got what makes one; call it, as in @rsqrt_decay().",
             )
         return learning_rate
     check_number(f"{optimizer}.learning_rate", learning_rate, at_least=0)
@@ -288,7 +294,6 @@ def _with_clipping(
     build: Callable[[AxesTree], optax.GradientTransformation],
     clip_by_global_norm: float | None,
 ) -> OptimizerFactory:
-    check_number(f"{name}.clip_by_global_norm", clip_by_global_norm, above=0, optional=True)
     if clip_by_global_norm is None:
         return OptimizerFactory(name, schedule, build)
     clip = optax.clip_by_global_norm(clip_by_global_norm)
@@ -296,7 +301,7 @@ def _with_clipping(
 
 
 def _matrices(parameter_axes: AxesTree) -> Any:
-    """Returns a tree of the parameters that is True where one has two dims besides ``layers`` and ``expert``."""
+    """Returns a tree shaped as the parameters, True for those with two dims beside ``layers``, ``expert``."""
 
     def is_matrix(axes: Axes) -> bool:
         return sum(axis not in ("layers", "expert") for axis in axes) > 1

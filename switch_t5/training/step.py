@@ -94,12 +94,11 @@ def accumulate(
     return total
 
 
-def eval_step(params: Params, batch: Batch, *, model: Model, config: LossConfig) -> Metrics:
+def eval_step(params: Params, batch: Batch, *, model: Model) -> Metrics:
     """Sums over one batch: ``nats``, ``correct`` and ``tokens`` (weighted), and ``router`` statistics.
 
     There is no dropout, jitter, label smoothing or z-loss, and the evaluation capacity holds.
     """
-    del config
     module = model.bind(params)
     hidden, stats = module(batch)
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]

@@ -63,12 +63,12 @@ class TensorBoard:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+    def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
         """Adds a point to the curve of each value.
 
         Args:
           step: the number of finished steps.
-          values: numbers by name; texts are left out.
+          values: numbers by name (NumPy's and JAX's scalars too); texts are left out.
           prefix: the curves' group, such as ``"train"``.
 
         Raises:

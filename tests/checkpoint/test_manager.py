@@ -145,8 +145,12 @@ def test_one_part_is_read_and_cast(saved):
             checkpointer.restore_part("params", abstract)
         abstract["every"] = _abstract(state.params["every"])
         part = checkpointer.restore_part("params", abstract)
-    expected = np.asarray(state.params["experts"]).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(part["experts"]), expected)
+    assert part["experts"].dtype == jnp.bfloat16
+    with np.errstate(invalid="ignore"):  # NaNs are among the values.
+        expected = np.asarray(state.params["experts"]).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(
+            np.asarray(part["experts"]).astype(np.float32), expected.astype(np.float32)
+        )
     assert part["experts"].devices() == {jax.devices()[3]}
     _assert_same_bits(part["every"], state.params["every"])
 

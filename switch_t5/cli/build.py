@@ -1,0 +1,206 @@
+"""The one place where a configuration becomes a run: every part is made and joined here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from switch_t5.checkpoint.manager import CheckpointConfig
+from switch_t5.cli.configuration import Configuration
+from switch_t5.data.pipeline import DataConfig, evaluation_batches
+from switch_t5.errors import ConfigError
+from switch_t5.inference.evaluator import evaluate
+from switch_t5.model.config import TransformerConfig
+from switch_t5.model.functional import Model
+from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
+from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
+from switch_t5.partitioning.rules import partitioned
+from switch_t5.routing.capacity import sequences_per_group
+from switch_t5.training.losses import LossConfig
+from switch_t5.training.loop import TrainConfig
+from switch_t5.training.optimizers import state_axes
+from switch_t5.training.state import TrainState
+from switch_t5.training.step import eval_step, train_step
+from switch_t5.types import Params
+
+ROOTS = ("TransformerConfig", "LossConfig", "MeshConfig", "DataConfig", "TrainConfig", "CheckpointConfig")
+"""The configurables that a run is made of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """Everything that a configuration says about a run."""
+
+    transformer: TransformerConfig
+    loss: LossConfig
+    mesh: MeshConfig
+    data: DataConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+
+    @classmethod
+    def read(cls, configuration: Configuration) -> RunSpec:
+        """Builds every part, and checks what concerns one part alone.
+
+        Raises:
+          UserError: a value is missing or refused.
+        """
+        return cls(*(configuration.get(name) for name in ROOTS))
+
+
+class Run:
+    """A run's model on its mesh, with the functions that work on it.
+
+    Attributes:
+      spec: what was asked for.
+      mesh: the devices.
+      model: the structure.
+      optimizer: what updates the parameters.
+    """
+
+    def __init__(self, spec: RunSpec, mesh: Mesh | None = None) -> None:
+        self.spec = spec
+        self.mesh = make_mesh(spec.mesh) if mesh is None else mesh
+        self.model = Model(spec.transformer)
+        self.optimizer = spec.train.optimizer(self.model.axes)
+        check_batch(spec, self.mesh)
+        _ = self.state_shardings
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """The training state's shapes and dtypes, with shardings."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shardings = self.state_shardings
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        """Where each array of the training state lives."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        params = tree_shardings(self.mesh, shapes.params, self.model.axes)
+        axes = state_axes(shapes.opt_state, shapes.params, self.model.axes)
+        opt_state = tree_shardings(self.mesh, shapes.opt_state, axes)
+        return TrainState(NamedSharding(self.mesh, PartitionSpec()), params, opt_state)
+
+    def _init(self, rng: jax.Array) -> TrainState:
+        params = self.model.init(rng)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+    def init_state(self) -> TrainState:
+        """A new state, made on the devices that hold its parts."""
+        init = jax.jit(self._init, out_shardings=self.state_shardings)
+        return init(jax.random.key(self.spec.train.seed))
+
+    def with_params(self, params: Params) -> TrainState:
+        """A new state with these parameters."""
+        init = jax.jit(self.optimizer.init, out_shardings=self.state_shardings.opt_state)
+        step = jax.device_put(jnp.zeros((), jnp.int32), self.state_shardings.step)
+        return TrainState(step, params, init(params))
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Numpy batch to global arrays."""
+        return dict(place_batch(batch, self.mesh))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a training batch."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, (shape, dtype) in batch_shapes(self.spec.data).items()
+        }
+
+    def compile_train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+        """The training step, compiled; it takes over its state's buffers."""
+        spec = self.spec
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            optimizer=self.optimizer,
+            config=spec.loss,
+            microbatches=spec.train.microbatches,
+            seed=spec.train.seed,
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+        with partitioned(self.mesh):
+            return jitted.lower(self.abstract_state, self.abstract_batch()).compile()
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[[Params, Any], dict[str, Any]]:
+        """Parameters and a placed batch to sums; compiled at its first call."""
+        jitted = jax.jit(functools.partial(eval_step, model=self.model))
+
+        def call(params: Params, batch: Any) -> dict[str, Any]:
+            with partitioned(self.mesh):
+                return jitted(params, batch)
+
+        return call
+
+    @functools.cached_property
+    def evaluation_batches(self) -> list[dict[str, np.ndarray]]:
+        """The held-out batches, read once and kept: evaluations come often and always see the same."""
+        data = dataclasses.replace(self.spec.data, split="validation", shuffle=False)
+        return list(evaluation_batches(data, self.spec.train.eval_batches))
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Held-out loss and accuracy."""
+        return evaluate(self.eval_step, params, self.evaluation_batches, self.place)
+
+
+def batch_shapes(data: DataConfig) -> dict[str, tuple[tuple[int, int], str]]:
+    """Shape and dtype of each feature of a batch, as the data pipeline makes them."""
+    shapes = {}
+    for stack, feature in (("encoder", "inputs"), ("decoder", "targets")):
+        shape = (data.batch_size, data.task_feature_lengths[feature])
+        names = ["encoder_input_tokens"] if stack == "encoder" else ["decoder_input_tokens", "decoder_target_tokens"]
+        names += [f"{stack}_segment_ids", f"{stack}_positions"] if data.pack else []
+        shapes |= {name: (shape, "int32") for name in names}
+    return shapes | {"decoder_loss_weights": (shapes["decoder_input_tokens"][0], "float32")}
+
+
+def check_batch(spec: RunSpec, mesh: Mesh) -> None:
+    """Checks that the batch divides over microbatches, devices and routing groups.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    batch, microbatches, shards = spec.data.batch_size, spec.train.microbatches, batch_shards(mesh)
+    if batch % (microbatches * shards):
+        nearest = max(1, round(batch / (microbatches * shards))) * microbatches * shards
+        raise ConfigError(
+            "DataConfig.batch_size",
+            f"is {batch}, which {microbatches} microbatch(es) x {shards} batch shards do not divide; the nearest "
+            f"that they do is {nearest}.",
+        )
+    moe = spec.transformer.moe
+    if moe is None:
+        return
+    if moe.num_experts % spec.mesh.num_expert_partitions:
+        raise ConfigError(
+            "MeshConfig.num_expert_partitions",
+            f"is {spec.mesh.num_expert_partitions}, which does not divide the {moe.num_experts} experts; "
+            f"{_nearest_divisor(moe.num_experts, spec.mesh.num_expert_partitions)} does.",
+        )
+    length = spec.data.task_feature_lengths["inputs"]
+    sequences, share = sequences_per_group(moe.group_size, length), batch // (microbatches * shards)
+    # A group larger than a device's share would depend on the mesh, and so would the result.
+    if share % sequences:
+        fitting = max(divisor for divisor in range(1, sequences + 1) if share % divisor == 0)
+        raise ConfigError(
+            "MoEConfig.group_size",
+            f"is {moe.group_size}, {sequences} sequences of {length} tokens, which do not divide a device's share of a "
+            f"microbatch, {share} sequence(s); set it to {fitting * length}.",
+        )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+

@@ -1,0 +1,208 @@
+"""``switch-t5 train``: trains a model, from the start or from where the run was left."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switch_t5.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from switch_t5.checkpoint.manager import Checkpointer
+    from switch_t5.cli.build import Run
+    from switch_t5.cli.configuration import Configuration
+    from switch_t5.data.pipeline import BatchIterator, DataConfig
+    from switch_t5.training.loop import Recorder
+    from switch_t5.training.state import TrainState
+    from switch_t5.types import Params
+
+MAY_CHANGE = (
+    "TrainConfig.model_dir",
+    "TrainConfig.train_steps",
+    "TrainConfig.*_period",
+    "TrainConfig.eval_batches",
+    "TrainConfig.microbatches",
+    "CheckpointConfig.*",
+    "MeshConfig.*",
+    "RuntimeConfig.*",
+)
+"""What a restarted run may set otherwise than before: none of it changes what is learned."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``train`` has no flags beyond those of every gin command."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; returns 0, or 143 or 130 after a signal, the state saved."""
+    from switch_t5.cli.configuration import Configuration
+
+    configuration = Configuration.load(args.gin_file, args.gin_bindings, args.gin_search_paths)
+    configuration.get("RuntimeConfig").apply()
+    data = configuration.get("DataConfig")
+    with ThreadPoolExecutor(1) as pool:
+        # Reading starts here, beside the compilation: both take seconds.
+        batches = pool.submit(_open_data, data)
+        return _train(configuration, batches.result)
+
+
+def _open_data(data: DataConfig) -> BatchIterator:
+    from switch_t5.data.pipeline import BatchIterator
+
+    return BatchIterator(data, repeat=True)
+
+
+def _train(configuration: Configuration, open_batches: Callable[[], BatchIterator]) -> int:
+    from switch_t5.checkpoint.manager import Checkpointer
+    from switch_t5.cli.build import Run, RunSpec
+    from switch_t5.training.graceful_stop import GracefulStop
+    from switch_t5.training.loop import train
+
+    spec = RunSpec.read(configuration)
+    with configuration.locating_errors():
+        run = Run(spec)
+    model_dir = Path(spec.train.model_dir)
+    _settle_configuration(configuration, model_dir)
+    with GracefulStop() as stop, Checkpointer(model_dir, spec.checkpoint) as checkpointer:
+        step_fn = run.compile_train_step()
+        batches = open_batches()
+        with configuration.locating_errors():
+            check_vocabulary(run, batches)
+        state = _first_state(run, checkpointer, batches)
+        first_step = int(state.step)
+        _banner(run, first_step)
+        if first_step >= spec.train.train_steps:
+            print(f"{model_dir} is trained to step {first_step} already; raise TRAIN_STEPS to go on.", file=sys.stderr)
+            return 0
+        with recorder(run, first_step) as record:
+            state = train(
+                state,
+                spec.train,
+                step_fn=step_fn,
+                batches=batches,
+                place=run.place,
+                evaluate=run.evaluate,
+                checkpointer=checkpointer,
+                recorder=record,
+                stop=stop,
+            )
+    _farewell(int(state.step), spec.train.train_steps, model_dir)
+    return stop.exit_code
+
+
+def _settle_configuration(configuration: Configuration, model_dir: Path) -> None:
+    """Writes ``config.gin``, or refuses a restart that would train something else."""
+    from switch_t5.cli.build import ROOTS
+    from switch_t5.storage import storage_errors, writable_directory
+
+    writable_directory(model_dir)
+    path = model_dir / "config.gin"
+    if path.exists() and any((model_dir / "checkpoints").glob("[0-9]*")):
+        differences = configuration.difference(path.read_text(), MAY_CHANGE, place=str(path))
+        if differences:
+            raise UserError(
+                f"{model_dir} holds a run with another configuration: {' '.join(differences)} Choose another MODEL_DIR "
+                "(INITIAL_CHECKPOINT_PATH starts it from this run's parameters), or set these as they were."
+            )
+    with storage_errors(f"Writing {path}"):
+        temporary = path.with_suffix(".gin.tmp")
+        temporary.write_text(configuration.resolved(ROOTS))
+        os.replace(temporary, path)
+
+
+def check_vocabulary(run: Run, batches: BatchIterator) -> None:
+    """Checks that every token has a row in the embedding.
+
+    Raises:
+      ConfigError: it has not.
+    """
+    size, rows = batches.vocabulary.vocab_size, run.spec.transformer.vocab_size
+    if size > rows:
+        raise ConfigError(
+            "TransformerConfig.vocab_size",
+            f"is {rows}, smaller than the vocabulary's {size} entries; {-(-size // 128) * 128} is the next multiple of 128.",
+        )
+
+
+def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -> TrainState:
+    """The run's last checkpoint, with the data positioned after it, or a new state."""
+    if checkpointer.latest_step() is not None:
+        restored = checkpointer.restore(run.abstract_state)
+        batches.set_state(restored.data_state)
+        return restored.state
+    path = run.spec.train.initial_checkpoint_path
+    if path is None:
+        return run.init_state()
+    return run.with_params(load_params(run, path))
+
+
+def load_params(run: Run, path: str) -> Params:
+    """The parameters of a run (its latest checkpoint) or of one checkpoint."""
+    from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
+
+    model_dir, step = locate_checkpoint(path)
+    with Checkpointer(model_dir, read_only=True) as source:
+        return source.restore_part("params", run.abstract_state.params, step)
+
+
+def _banner(run: Run, first_step: int) -> None:
+    """Says what is about to happen, and how large it is."""
+    import jax
+
+    from switch_t5.planning.counts import active_parameter_count, forward_flops, parameter_count
+
+    spec, model = run.spec, run.model
+    lengths = spec.data.task_feature_lengths
+    tokens = spec.data.batch_size * sum(lengths.values())
+    flops = 3 * forward_flops(spec.transformer, spec.data.batch_size, lengths["inputs"], lengths["targets"])
+    total = parameter_count(model.abstract_params)
+    active = active_parameter_count(model.abstract_params, model.axes)
+    device = jax.devices()[0]
+    mesh = " x ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
+    lines = (
+        f"devices     {run.mesh.size} of {jax.device_count()} {device.device_kind} ({device.platform}), jax {jax.__version__}",
+        f"mesh        {mesh}",
+        f"parameters  {total:,} in all, {active:,} for one token",
+        f"batch       {spec.data.batch_size} x ({lengths['inputs']} + {lengths['targets']}) = {tokens:,} tokens a step",
+        f"work        {flops:.3e} floating-point operations a step",
+        f"data        {spec.data.mixture_or_task_name}",
+        f"run         {spec.train.model_dir}, from step {first_step} to {spec.train.train_steps}",
+    )
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
+    """Opens everything that measurements go to."""
+    from switch_t5.training.loop import Recorder
+    from switch_t5.training.metrics_file import MetricsFile
+    from switch_t5.training.progress import Progress, Speedometer
+    from switch_t5.training.tensorboard import TensorBoard
+
+    train, data = run.spec.train, run.spec.data
+    model_dir, resumed = Path(train.model_dir), first_step or None
+    tokens = data.batch_size * sum(data.task_feature_lengths.values())
+    with (
+        MetricsFile(model_dir / "metrics.jsonl", resumed) as metrics,
+        TensorBoard(model_dir / "tensorboard", resumed) as tensorboard,
+        Progress(train.train_steps, first_step) as progress,
+    ):
+        speed = Speedometer(tokens, train.train_steps)
+        task = data.mixture_or_task_name
+        yield Recorder(metrics, tensorboard, progress, speed, train.optimizer.learning_rate, task)
+
+
+def _farewell(step: int, train_steps: int, model_dir: Path) -> None:
+    """Says how the run ended and where its files are."""
+    files = f"Its metrics are in {model_dir / 'metrics.jsonl'}, its curves in {model_dir / 'tensorboard'}"
+    if step < train_steps:
+        how = f"Stopped and saved at step {step} of {train_steps}; the same command goes on from there."
+    else:
+        how = f"Trained to step {step}."
+    print(f"{how} {files}, its checkpoints in {model_dir / 'checkpoints'}.", file=sys.stderr)

@@ -1,0 +1,266 @@
+"""From a task's name to batches of token arrays, in an order that can be stopped and resumed exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from switch_t5.data import iterator_state, tasks
+from switch_t5.data.vocabularies import EXTRA_IDS
+from switch_t5.errors import ConfigError, UserError, check_types
+
+if TYPE_CHECKING:
+    import seqio
+    import tensorflow as tf
+
+Batch = dict[str, np.ndarray]
+
+_FEATURES = ("inputs", "targets")
+_USER_ERROR_INSIDE = re.compile(r"UserError: (.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is cut into batches.
+
+    Attributes:
+      mixture_or_task_name: a name that `switch-t5 data list` prints, or a task of the user's own.
+      task_feature_lengths: tokens of `inputs` and of `targets`, each with its end of sequence.
+      batch_size: rows of a batch, over all processes.
+      split: such as 'train' or 'validation'.
+      pack: whether a row may hold several short examples, told apart by segment ids.
+      shuffle: whether documents and examples come in random order.
+      seed: decides that order, the masks and a mixture's draws.
+      vocabulary_path: a SentencePiece model or 'bytes'; None is bytes, where the task allows that.
+      extra_ids: sentinels to add behind the vocabulary's pieces, where its file holds none.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int
+    split: str = "train"
+    pack: bool = True
+    shuffle: bool = True
+    seed: int = 0
+    vocabulary_path: str | None = None
+    extra_ids: int = EXTRA_IDS
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        lengths = self.task_feature_lengths
+        if sorted(lengths) != sorted(_FEATURES):
+            raise ConfigError(
+                "DataConfig.task_feature_lengths", f"must give 'inputs' and 'targets', got {sorted(lengths)}."
+            )
+        for key, length in lengths.items():
+            if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+                raise ConfigError(
+                    "DataConfig.task_feature_lengths", f"has {key}={length!r}, which is not a positive integer."
+                )
+        if self.batch_size < 1:
+            raise ConfigError("DataConfig.batch_size", f"must be at least 1, got {self.batch_size}.")
+        if self.seed < 0:
+            raise ConfigError("DataConfig.seed", f"must not be negative, got {self.seed}.")
+        if self.extra_ids < 0:
+            raise ConfigError("DataConfig.extra_ids", f"must not be negative, got {self.extra_ids}.")
+
+
+class BatchIterator:
+    """Batches of a split, one after another, with a position that can be saved and restored exactly.
+
+    A batch maps seqio's names to arrays: int32 `encoder_input_tokens` [B, Le], `decoder_input_tokens` and
+    `decoder_target_tokens` [B, Ld], float32 `decoder_loss_weights` [B, Ld] (0 on padding), and when packed int32
+    `encoder_segment_ids`, `encoder_positions` [B, Le], `decoder_segment_ids`, `decoder_positions` [B, Ld].
+
+    Attributes:
+      config: as given.
+      vocabulary: the seqio vocabulary of the tokens.
+    """
+
+    def __init__(self, config: DataConfig, *, repeat: bool, shard_index: int = 0, num_shards: int = 1) -> None:
+        """Builds the pipeline; reading begins with the first batch.
+
+        Args:
+          config: what to read.
+          repeat: whether to go on for ever, each epoch in another order with other masks; otherwise the last batch
+            is filled with rows of zeros.
+          shard_index: which of `num_shards` disjoint parts to read, for several processes that read together.
+          num_shards: number of parts; a batch here has `batch_size / num_shards` rows.
+
+        Raises:
+          ConfigError: a value of the configuration cannot be used with the task.
+          UserError: there is no such task, vocabulary or source.
+        """
+        if config.batch_size % num_shards:
+            raise ConfigError(
+                "DataConfig.batch_size", f"is {config.batch_size}, which {num_shards} processes cannot share evenly."
+            )
+        self.config = config
+        self._rows = config.batch_size // num_shards
+        self._repeat = repeat
+        self._shard = (shard_index, num_shards)
+        provider = _provider(config)
+        self.vocabulary: seqio.Vocabulary = provider.output_features["targets"].vocabulary
+        self._iterator = iter(_dataset(config, provider, repeat, shard_index, num_shards).batch(self._rows).prefetch(2))
+        self._started = False
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch.
+
+        Raises:
+          StopIteration: the split was read once and `repeat` is not set.
+          UserError: the split is empty or a file cannot be read.
+        """
+        try:
+            tensors = next(self._iterator)
+        except StopIteration:
+            if self._started:
+                raise
+            raise UserError(_nothing_to_read(self.config)) from None
+        except Exception as error:
+            if found := _USER_ERROR_INSIDE.search(str(error)):
+                raise UserError(found[1]) from None
+            raise
+        self._started = True
+        return {key: self._array(key, tensor.numpy()) for key, tensor in sorted(tensors.items())}
+
+    def get_state(self) -> bytes:
+        """Returns the position behind the batch that was returned last."""
+        return iterator_state.save(self._iterator, self._description())
+
+    def set_state(self, state: bytes) -> None:
+        """Goes to a saved position: the next batches are exactly those that followed it.
+
+        The iterator must be of the same configuration as the one saved, in this process or another.
+
+        Raises:
+          UserError: the configuration or the vocabulary was another one, or the state is damaged.
+        """
+        iterator_state.restore(self._iterator, state, self._description())
+        self._started = True
+
+    def _array(self, key: str, values: np.ndarray) -> np.ndarray:
+        missing = self._rows - len(values)
+        if missing:
+            values = np.pad(values, ((0, missing), (0, 0)))
+        return values.astype(np.float32 if key == "decoder_loss_weights" else np.int32)
+
+    def _description(self) -> dict[str, Any]:
+        """All that decides which batches come, in JSON's terms; the vocabulary by its content, not its path."""
+        description = dataclasses.asdict(self.config) | {"vocabulary": _fingerprint(self.vocabulary)}
+        del description["vocabulary_path"]
+        description |= {"repeat": self._repeat, "shard": list(self._shard)}
+        return description
+
+
+def evaluation_batches(config: DataConfig, num_batches: int | None = None) -> Iterator[Batch]:
+    """Yields the batches of one pass in the order of the files, the same ones each time.
+
+    Args:
+      config: what to read; its `shuffle` is not heeded. Of a mixture the pass ends with its first exhausted task.
+      num_batches: where to stop; None reads the whole split.
+
+    Yields:
+      Batches as `BatchIterator` gives them; the last one is filled with rows of zeros, whose loss weights are 0.
+
+    Raises:
+      UserError: see `BatchIterator`.
+    """
+    batches = BatchIterator(dataclasses.replace(config, shuffle=False), repeat=False)
+    for index, batch in enumerate(batches):
+        if index == num_batches:
+            return
+        yield batch
+
+
+def unigram_counts(config: DataConfig, num_batches: int | None = None) -> np.ndarray:
+    """Counts the target tokens of `evaluation_batches`: int64 [vocabulary size].
+
+    From a training split's counts `unigram_loss` scores another split, as the simplest model of all would.
+    """
+    counts = np.zeros(get_vocabulary(config).vocab_size, np.int64)
+    for batch in evaluation_batches(config, num_batches):
+        tokens = batch["decoder_target_tokens"][batch["decoder_loss_weights"] > 0]
+        counts += np.bincount(tokens, minlength=len(counts))
+    return counts
+
+
+def unigram_loss(model_counts: np.ndarray, counts: np.ndarray) -> float:
+    """Returns the mean cross-entropy in nats a token of a model that knows token frequencies alone.
+
+    Args:
+      model_counts: [vocabulary] token counts that the model learned from; each is raised by one.
+      counts: [vocabulary] token counts that it is scored on.
+    """
+    log_probs = np.log(model_counts + 1.0) - np.log(np.sum(model_counts + 1.0))
+    return float(-np.sum(counts * log_probs) / np.sum(counts))
+
+
+def get_vocabulary(config: DataConfig) -> seqio.Vocabulary:
+    """Returns the vocabulary of a configuration's targets.
+
+    Raises:
+      UserError: see `tasks.get_mixture_or_task`.
+    """
+    return _provider(config).output_features["targets"].vocabulary
+
+
+def _provider(config: DataConfig) -> seqio.Task | seqio.Mixture:
+    provider = tasks.get_mixture_or_task(config.mixture_or_task_name, config.vocabulary_path, config.extra_ids)
+    if missing := [key for key in _FEATURES if key not in provider.output_features]:
+        raise ConfigError(
+            "DataConfig.mixture_or_task_name",
+            f"is {provider.name!r}, which has no {missing[0]!r}; an encoder-decoder needs 'inputs' and 'targets'.",
+        )
+    if config.split not in provider.splits:
+        raise ConfigError(
+            "DataConfig.split",
+            f"is {config.split!r}, but {provider.name!r} has the splits {', '.join(sorted(provider.splits))}.",
+        )
+    return provider
+
+
+def _dataset(
+    config: DataConfig, provider: seqio.Task | seqio.Mixture, repeat: bool, shard_index: int, num_shards: int
+) -> tf.data.Dataset:
+    """Returns the dataset of single rows."""
+    from switch_t5.data.tensorflow_runtime import seqio, tf
+
+    lengths = dict(config.task_feature_lengths)
+    dataset = provider.get_dataset(
+        sequence_length=lengths,
+        split=config.split,
+        shuffle=config.shuffle,
+        seed=config.seed,
+        shard_info=seqio.ShardInfo(shard_index, num_shards) if num_shards > 1 else None,
+        num_epochs=None if repeat else 1,
+        # A cache would freeze the first epoch's order, and be written into every saved position.
+        try_in_mem_cache=False,
+    )
+    dataset = seqio.EncDecFeatureConverter(pack=config.pack)(dataset, lengths)
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.with_options(options)
+
+
+def _fingerprint(vocabulary: seqio.Vocabulary) -> str:
+    model: Any = getattr(vocabulary, "sp_model", None)
+    if model is None:
+        return f"{type(vocabulary).__name__}, {vocabulary.vocab_size} entries"
+    return hashlib.sha256(model).hexdigest()
+
+
+def _nothing_to_read(config: DataConfig) -> str:
+    name = config.mixture_or_task_name
+    hint = ""
+    if any(task.name == name and task.validation_pattern is None for task in tasks.configured_text_tasks()):
+        hint = " One document in twenty is held out for validation: with few documents, set text_task.validation_pattern."
+    return f"Split {config.split!r} of {name!r} is empty.{hint}"

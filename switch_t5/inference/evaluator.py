@@ -1,0 +1,56 @@
+"""Held-out loss and accuracy of a model, and what a model that knows word frequencies alone would score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], dict[str, Any]],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    place: Callable[[dict[str, np.ndarray]], Any],
+) -> dict[str, float]:
+    """Averages over all target tokens of the batches.
+
+    Args:
+      eval_step: parameters and a batch to the sums ``nats``, ``correct`` and ``tokens``.
+      params: the parameters.
+      batches: numpy batches.
+      place: numpy batch to global arrays.
+
+    Returns:
+      ``loss`` (nats per target token; the paper's negative log perplexity is its negative), ``accuracy`` and
+      ``tokens``.
+
+    Raises:
+      ValueError: there is not one target token.
+    """
+    sums = np.zeros(3)
+    for batch in batches:
+        result = jax.device_get(eval_step(params, place(batch)))
+        sums += [float(result[name]) for name in ("nats", "correct", "tokens")]
+    nats, correct, tokens = (float(value) for value in sums)
+    if not tokens:
+        raise ValueError("the evaluation batches hold no target token")
+    return {"loss": nats / tokens, "accuracy": correct / tokens, "tokens": int(tokens)}
+
+
+def unigram_loss(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]]) -> float:
+    """Nats per target token of the best model that looks at no context.
+
+    Args:
+      counts: ``[vocab]`` how often each token was a target in training; one is added to each.
+      batches: the held-out batches.
+    """
+    log_probs = np.log(counts + 1.0) - np.log(np.sum(counts + 1.0))
+    nats, tokens = 0.0, 0.0
+    for batch in batches:
+        weights = batch["decoder_loss_weights"]
+        nats -= float(np.sum(log_probs[batch["decoder_target_tokens"]] * weights))
+        tokens += float(np.sum(weights))
+    return nats / tokens

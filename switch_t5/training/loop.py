@@ -1,0 +1,209 @@
+"""The training loop: steps, and what happens between them, in a stated order.
+
+After each step: **log**, then **evaluate**, then **checkpoint**, each at its period and at the last step. A
+checkpoint comes last so that whatever was written for its step is written before it: a run that dies and
+goes on from a checkpoint finds the entries up to that step, and writes the later ones again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from switch_t5.errors import ConfigError, check_types
+from switch_t5.training.graceful_stop import GracefulStop
+from switch_t5.training.metrics_file import MetricsFile
+from switch_t5.training.optimizers import OptimizerFactory
+from switch_t5.training.progress import Progress, Speedometer
+from switch_t5.training.state import TrainState
+from switch_t5.training.step import Metrics
+from switch_t5.training.tensorboard import TensorBoard
+from switch_t5.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+      model_dir: the run's folder.
+      train_steps: updates in all; a restarted run goes on to this number.
+      optimizer: what updates the parameters.
+      seed: of the parameters' start, dropout and jitter.
+      microbatches: equal parts of a batch that are computed one after the other, to save memory.
+      log_period: steps between entries of ``metrics.jsonl``; the first step is logged too.
+      eval_period: steps between evaluations; 0 for none but at the start and at the end.
+      eval_batches: batches of an evaluation at the most; 0 for no evaluation at all.
+      checkpoint_period: steps between checkpoints; 0 for none but at the end.
+      initial_checkpoint_path: a run or checkpoint whose parameters a new run starts from.
+    """
+
+    model_dir: str
+    train_steps: int
+    optimizer: OptimizerFactory
+    seed: int = 0
+    microbatches: int = 1
+    log_period: int = 100
+    eval_period: int = 1000
+    eval_batches: int = 20
+    checkpoint_period: int = 1000
+    initial_checkpoint_path: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for field, least in {
+            "train_steps": 1,
+            "microbatches": 1,
+            "log_period": 1,
+            "eval_period": 0,
+            "eval_batches": 0,
+            "checkpoint_period": 0,
+            "seed": 0,
+        }.items():
+            if getattr(self, field) < least:
+                raise ConfigError(f"TrainConfig.{field}", f"must be at least {least}, got {getattr(self, field)}.")
+
+
+class Batches(Protocol):
+    """Where batches come from: see :class:`switch_t5.data.pipeline.BatchIterator`."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> bytes:
+        """The position after the last batch."""
+        ...
+
+
+class Saver(Protocol):
+    """Where checkpoints go: see :class:`switch_t5.checkpoint.manager.Checkpointer`."""
+
+    def save(self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None) -> bool:
+        """Starts saving."""
+        ...
+
+    def wait(self) -> None:
+        """Waits for the save under way."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Where measurements go.
+
+    Attributes:
+      metrics: ``metrics.jsonl``.
+      tensorboard: curves and histograms.
+      progress: the line on the terminal.
+      speedometer: tokens per second.
+      learning_rate: the schedule, for the record.
+      task: the name that evaluations carry.
+    """
+
+    metrics: MetricsFile
+    tensorboard: TensorBoard
+    progress: Progress
+    speedometer: Speedometer
+    learning_rate: optax.Schedule
+    task: str
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Records a training step."""
+        values = {**scalars(metrics), "learning_rate": float(self.learning_rate(step - 1))}
+        self.metrics.write(step, values)
+        speed = self.speedometer.tokens_per_second(step)
+        self.tensorboard.scalars(step, {**values, **({"tokens_per_second": speed} if speed else {})}, "train")
+        self.tensorboard.expert_loads(step, expert_loads(metrics))
+        self.progress.log(step, values["loss"], speed, self.speedometer.seconds_left(step))
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Records an evaluation."""
+        self.metrics.write(step, {"task": self.task, **values})
+        self.tensorboard.scalars(step, values, f"eval/{self.task}")
+        self.progress.message(f"step {step}  {self.task}  held-out loss {values['loss']:.4f}")
+
+
+def scalars(metrics: Metrics) -> dict[str, float]:
+    """A step's metrics as numbers by name; router statistics as ``<stack>/<sparse layer>/<name>``."""
+    values = {name: float(value) for name, value in metrics.items() if name != "router"}
+    for stack, stats in metrics["router"].items():
+        for name, means in stats.means().items():
+            if name in ("fraction_dropped", "router_entropy", "router_confidence"):
+                values |= {f"{stack}/{layer}/{name}": float(mean) for layer, mean in enumerate(means)}
+    return values
+
+
+def expert_loads(metrics: Metrics) -> dict[str, np.ndarray]:
+    """The fraction of tokens that each expert got, by ``<stack>/<sparse layer>``."""
+    return {
+        f"{stack}/{layer}": np.asarray(load)
+        for stack, stats in metrics["router"].items()
+        for layer, load in enumerate(stats.means()["expert_load"])
+    }
+
+
+def train(
+    state: TrainState,
+    config: TrainConfig,
+    *,
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Batches,
+    place: Callable[[dict[str, np.ndarray]], Batch],
+    evaluate: Callable[[Any], dict[str, float]],
+    checkpointer: Saver,
+    recorder: Recorder,
+    stop: GracefulStop,
+) -> TrainState:
+    """Trains until ``train_steps`` or until a stop is asked for; the last state is saved either way.
+
+    Args:
+      state: where to go on from; its buffers are given away.
+      config: the run.
+      step_fn: the jitted step.
+      batches: numpy batches, positioned after those that the state has seen.
+      place: numpy batch to global arrays.
+      evaluate: parameters to held-out metrics.
+      checkpointer: where states go.
+      recorder: where measurements go.
+      stop: asks for an early end.
+
+    Returns:
+      The last state.
+    """
+    step = int(state.step)
+    if step == 0 and config.eval_batches:
+        recorder.evaluation(0, evaluate(state.params))
+    first = step + 1
+    while step < config.train_steps and not stop.requested:
+        state, metrics = step_fn(state, place(next(batches)))
+        step += 1
+        last = step == config.train_steps
+        if step == first:
+            jax.block_until_ready(metrics["loss"])
+            recorder.speedometer.start(step)
+        if step == 1 or last or _due(step, config.log_period):
+            recorder.log(step, jax.device_get(metrics))
+        recorder.progress.advance(step)
+
+        evaluated = None
+        if config.eval_batches and (last or _due(step, config.eval_period)):
+            with recorder.speedometer.paused():
+                evaluated = evaluate(state.params)
+            recorder.evaluation(step, evaluated)
+
+        if last or stop.requested or _due(step, config.checkpoint_period):
+            recorder.metrics.sync()
+            checkpointer.save(step, state, batches.get_state(), evaluated)
+    checkpointer.wait()
+    return state
+
+
+def _due(step: int, period: int) -> bool:
+    return period > 0 and step % period == 0
+
