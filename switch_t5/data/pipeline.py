@@ -60,7 +60,8 @@ class DataConfig:
         for key, length in lengths.items():
             if not isinstance(length, int) or isinstance(length, bool) or length < 1:
                 raise ConfigError(
-                    "DataConfig.task_feature_lengths", f"has {key}={length!r}, which is not a positive integer."
+                    "DataConfig.task_feature_lengths",
+                    f"has {key}={length!r}, which is not a positive integer.",
                 )
         if self.batch_size < 1:
             raise ConfigError("DataConfig.batch_size", f"must be at least 1, got {self.batch_size}.")
@@ -74,21 +75,24 @@ class BatchIterator:
     """Batches of a split, one after another, with a position that can be saved and restored exactly.
 
     A batch maps seqio's names to arrays: int32 `encoder_input_tokens` [B, Le], `decoder_input_tokens` and
-    `decoder_target_tokens` [B, Ld], float32 `decoder_loss_weights` [B, Ld] (0 on padding), and when packed int32
-    `encoder_segment_ids`, `encoder_positions` [B, Le], `decoder_segment_ids`, `decoder_positions` [B, Ld].
+    `decoder_target_tokens` [B, Ld], float32 `decoder_loss_weights` [B, Ld] (0 on padding), and when packed
+    int32 `encoder_segment_ids`, `encoder_positions` [B, Le], `decoder_segment_ids`, `decoder_positions` [B,
+    Ld].
 
     Attributes:
       config: as given.
       vocabulary: the seqio vocabulary of the tokens.
     """
 
-    def __init__(self, config: DataConfig, *, repeat: bool, shard_index: int = 0, num_shards: int = 1) -> None:
+    def __init__(
+        self, config: DataConfig, *, repeat: bool, shard_index: int = 0, num_shards: int = 1
+    ) -> None:
         """Builds the pipeline; reading begins with the first batch.
 
         Args:
           config: what to read.
-          repeat: whether to go on for ever, each epoch in another order with other masks; otherwise the last batch
-            is filled with rows of zeros.
+          repeat: whether to go on for ever, each epoch in another order with other masks; otherwise the last
+            batch is filled with rows of zeros.
           shard_index: which of `num_shards` disjoint parts to read, for several processes that read together.
           num_shards: number of parts; a batch here has `batch_size / num_shards` rows.
 
@@ -98,7 +102,8 @@ class BatchIterator:
         """
         if config.batch_size % num_shards:
             raise ConfigError(
-                "DataConfig.batch_size", f"is {config.batch_size}, which {num_shards} processes cannot share evenly."
+                "DataConfig.batch_size",
+                f"is {config.batch_size}, which {num_shards} processes cannot share evenly.",
             )
         self.config = config
         self._rows = config.batch_size // num_shards
@@ -106,7 +111,9 @@ class BatchIterator:
         self._shard = (shard_index, num_shards)
         provider = _provider(config)
         self.vocabulary: seqio.Vocabulary = provider.output_features["targets"].vocabulary
-        self._iterator = iter(_dataset(config, provider, repeat, shard_index, num_shards).batch(self._rows).prefetch(2))
+        self._iterator = iter(
+            _dataset(config, provider, repeat, shard_index, num_shards).batch(self._rows).prefetch(2)
+        )
         self._started = False
 
     def __iter__(self) -> BatchIterator:
@@ -154,7 +161,7 @@ class BatchIterator:
         return values.astype(np.float32 if key == "decoder_loss_weights" else np.int32)
 
     def _description(self) -> dict[str, Any]:
-        """All that decides which batches come, in JSON's terms; the vocabulary by its content, not its path."""
+        """All that decides which batches come; the vocabulary by its content, not its path."""
         description = dataclasses.asdict(self.config) | {"vocabulary": _fingerprint(self.vocabulary)}
         del description["vocabulary_path"]
         description |= {"repeat": self._repeat, "shard": list(self._shard)}
@@ -165,11 +172,13 @@ def evaluation_batches(config: DataConfig, num_batches: int | None = None) -> It
     """Yields the batches of one pass in the order of the files, the same ones each time.
 
     Args:
-      config: what to read; its `shuffle` is not heeded. Of a mixture the pass ends with its first exhausted task.
+      config: what to read; its `shuffle` is not heeded. Of a mixture the pass ends with its first exhausted
+        task.
       num_batches: where to stop; None reads the whole split.
 
     Yields:
-      Batches as `BatchIterator` gives them; the last one is filled with rows of zeros, whose loss weights are 0.
+      Batches as `BatchIterator` gives them; the last one is filled with rows of zeros, whose loss weights are
+      0.
 
     Raises:
       UserError: see `BatchIterator`.
@@ -214,16 +223,18 @@ def get_vocabulary(config: DataConfig) -> seqio.Vocabulary:
 
 
 def _provider(config: DataConfig) -> seqio.Task | seqio.Mixture:
-    provider = tasks.get_mixture_or_task(config.mixture_or_task_name, config.vocabulary_path, config.extra_ids)
+    provider = tasks.get_mixture_or_task(
+        config.mixture_or_task_name, config.vocabulary_path, config.extra_ids
+    )
     if missing := [key for key in _FEATURES if key not in provider.output_features]:
         raise ConfigError(
             "DataConfig.mixture_or_task_name",
-            f"is {provider.name!r}, which has no {missing[0]!r}; an encoder-decoder needs 'inputs' and 'targets'.",
+            f"is {provider.name!r}, which has no {missing[0]!r}; a model needs 'inputs' and 'targets'.",
         )
     if config.split not in provider.splits:
         raise ConfigError(
             "DataConfig.split",
-            f"is {config.split!r}, but {provider.name!r} has the splits {', '.join(sorted(provider.splits))}.",
+            f"is {config.split!r}, but the splits of {provider.name!r} are {', '.join(provider.splits)}.",
         )
     return provider
 
@@ -262,5 +273,8 @@ def _nothing_to_read(config: DataConfig) -> str:
     name = config.mixture_or_task_name
     hint = ""
     if any(task.name == name and task.validation_pattern is None for task in tasks.configured_text_tasks()):
-        hint = " One document in twenty is held out for validation: with few documents, set text_task.validation_pattern."
+        hint = (
+            " One document in twenty is held out for validation: with few documents, set "
+            "text_task.validation_pattern."
+        )
     return f"Split {config.split!r} of {name!r} is empty.{hint}"

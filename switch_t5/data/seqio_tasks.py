@@ -1,4 +1,7 @@
-"""The tasks and mixtures as seqio has them: registered once, copied with the vocabulary of a configuration."""
+"""The tasks and mixtures as seqio has them, registered once and copied with the vocabulary configured."""
+
+# TensorFlow's stubs are partial, and seqio's decorators hide the types of what they decorate.
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -92,7 +95,9 @@ def _register_all() -> None:
     if tasks.MC4_MIXTURE not in seqio.MixtureRegistry.names():
         rate = functools.partial(seqio.mixing_rate_num_examples, temperature=1 / _MC4_EXPONENT)
         seqio.MixtureRegistry.add(
-            tasks.MC4_MIXTURE, [tasks.mc4_task(language) for language in tasks.MC4_LANGUAGES], default_rate=rate
+            tasks.MC4_MIXTURE,
+            [tasks.mc4_task(language) for language in tasks.MC4_LANGUAGES],
+            default_rate=rate,
         )
     for task in tasks.configured_text_tasks():
         source = TextFilesSource(task.pattern, task.validation_pattern, task.field)
@@ -109,7 +114,9 @@ def _add(
         name,
         source=source,
         preprocessors=[
-            _untransformed(functools.partial(seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"})),
+            _untransformed(
+                functools.partial(seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"})
+            ),
             _untransformed(_tokenize),
             seqio.CacheDatasetPlaceholder(),
             _untransformed(functools.partial(span_corruption, merge_documents=merge_documents)),
@@ -139,8 +146,8 @@ def _untransformed(preprocessor: Callable[..., tf.data.Dataset]) -> Callable[...
 def _tokenize(dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]) -> tf.data.Dataset:
     """Encodes the text of each feature.
 
-    seqio's own preprocessor works on 256 documents ahead and keeps their text: with documents as long as speeches
-    the first batch would come late, and a saved iterator would hold them all.
+    seqio's own preprocessor works on 256 documents ahead and keeps their text: with documents as long as
+    speeches the first batch would come late, and a saved iterator would hold them all.
     """
     encode = functools.partial(
         seqio.preprocessors.tokenize_impl, output_features=output_features, copy_pretokenized=False

@@ -1,5 +1,8 @@
 """seqio data sources: text files, the embedded corpus, and TFDS datasets already prepared on disk."""
 
+# TensorFlow's stubs are partial, and seqio's decorators hide the types of what they decorate.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -17,9 +20,9 @@ class TextFilesSource(seqio.DataSource):
     """Documents from text files: one a `.txt` file, one a line of `.jsonl` or `.jsonl.gz`.
 
     Unless the validation documents have files of their own, one document in twenty is held out for them (see
-    `documents.is_held_out`). Elements are `{"text": string}`. The files are looked for when a dataset is asked for,
-    so a task may be registered before its files exist. Everything is read by stateless operations, so that an
-    iterator over the dataset can be saved and restored.
+    `documents.is_held_out`). Elements are `{"text": string}`. The files are looked for when a dataset is
+    asked for, so a task may be registered before its files exist. Everything is read by stateless operations,
+    so that an iterator over the dataset can be saved and restored.
     """
 
     def __init__(self, pattern: str, validation_pattern: str | None = None, field: str = "text") -> None:
@@ -47,7 +50,7 @@ class TextFilesSource(seqio.DataSource):
           UserError: see `documents.find_files`.
         """
         own_files = split == "validation" and self.validation_pattern is not None
-        return documents.find_files(self.validation_pattern if own_files else self.pattern)  # pyright: ignore[reportArgumentType]
+        return documents.find_files(self.validation_pattern if own_files else self.pattern)
 
     def get_dataset(
         self,
@@ -57,7 +60,10 @@ class TextFilesSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: object,
     ) -> tf.data.Dataset:
-        """Returns the documents of a split, their files in an order drawn anew each epoch where `shuffle` is set."""
+        """Returns the documents of a split.
+
+        With `shuffle` their files come in an order drawn anew each epoch.
+        """
         del unused
         files = list(self.list_shards(split))
         if shard_info:
@@ -92,10 +98,12 @@ class PreparedTfdsSource(seqio.TfdsDataSource):
     """
 
     def __init__(self, tfds_name: str, splits: dict[str, str]) -> None:
+        """Makes a source; `splits` maps its splits to TFDS's."""
+        self._tfds_splits = splits
         super().__init__(tfds_name=tfds_name, splits=splits, read_only=True)
 
-    def check_prepared(self) -> None:
-        """Does nothing if the dataset is on disk.
+    def check_prepared(self, split: str) -> None:
+        """Does nothing if a split is on disk.
 
         Raises:
           UserError: it is not; says where it was looked for and how to prepare it.
@@ -109,23 +117,29 @@ class PreparedTfdsSource(seqio.TfdsDataSource):
         places = [f"{folder}/{name.replace(':', '/')}" for folder in folders]
         if not any(tf.io.gfile.exists(f"{place}/dataset_info.json") for place in places):
             raise UserError(
-                f"The TFDS dataset {name} is not prepared in {' or '.join(places)}: set TFDS_DATA_DIR to the folder "
-                f"that holds it, or prepare it with `tfds build {name}`."
+                f"The TFDS dataset {name} is not prepared in {' or '.join(places)}: set TFDS_DATA_DIR to the "
+                f"folder that holds it, or prepare it with `tfds build {name}`."
+            )
+        has = self.tfds_dataset.info.splits
+        if self._tfds_splits[split] not in has:
+            raise UserError(
+                f"The TFDS dataset {name} in {' or '.join(places)} has no split "
+                f"{self._tfds_splits[split]!r}; it has {', '.join(sorted(has))}."
             )
 
     def get_dataset(self, split: str | None = None, *args: object, **kwargs: object) -> tf.data.Dataset:
         """Returns the dataset of a split; see `check_prepared` for what it raises."""
-        self.check_prepared()
-        return super().get_dataset(split, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        self.check_prepared(split or "train")
+        return super().get_dataset(split, *args, **kwargs)
 
     def num_input_examples(self, split: str) -> int | None:
         """Returns the number of documents in a split; see `check_prepared` for what it raises."""
-        self.check_prepared()
+        self.check_prepared(split)
         return super().num_input_examples(split)
 
-    def list_shards(self, split: str) -> Sequence[str]:
+    def list_shards(self, split: str) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Returns the files of a split; see `check_prepared` for what it raises."""
-        self.check_prepared()
+        self.check_prepared(split)
         return super().list_shards(split)
 
 

@@ -1,7 +1,12 @@
-"""T5's span corruption as a seqio preprocessor: 15% of the tokens, in spans of mean length 3, each behind a sentinel.
+"""T5's span corruption as a seqio preprocessor: 15% of the tokens, in spans of mean length 3.
 
-Raffel et al. 2020, section 3.1.4. With the same seeds the result equals T5's own preprocessor's, token for token.
+Raffel et al. 2020, section 3.1.4. With the same seeds the result equals T5's own preprocessor's, token for
+token.
 """
+
+# TensorFlow's stubs are partial, and seqio's decorators hide the types of what they decorate.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -29,13 +34,14 @@ def span_corruption(
 
     Args:
       dataset: elements with int32 `targets` [n], a document's tokens.
-      sequence_length: the lengths of `inputs` and `targets` in tokens, each with its end-of-sequence token (which a
-        later preprocessor appends).
+      sequence_length: the lengths of `inputs` and `targets` in tokens, each with its end-of-sequence token
+        (which a later preprocessor appends).
       output_features: gives the vocabulary.
       noise_density: the share of tokens to mask.
       mean_noise_span_length: tokens in a masked span, on average.
-      merge_documents: whether documents are joined by 128 before they are cut (T5's way, which wastes no length on
-        padding) or each is cut on its own (so that no example holds parts of two, and the first comes sooner).
+      merge_documents: whether documents are joined by 128 before they are cut (T5's way, which wastes no
+        length on padding) or each is cut on its own (so that no example holds parts of two, and the first
+        comes sooner).
 
     Returns:
       A dataset of int32 `inputs` and `targets`, the longest one token short of their lengths.
@@ -48,15 +54,15 @@ def span_corruption(
     if sequence_length["targets"] < lengths.targets:
         raise ConfigError(
             "DataConfig.task_feature_lengths",
-            f"has targets={sequence_length['targets']}; span corruption with inputs={sequence_length['inputs']} "
-            f"makes targets of {lengths.targets} tokens.",
+            f"has targets={sequence_length['targets']}; span corruption with "
+            f"inputs={sequence_length['inputs']} makes targets of {lengths.targets} tokens.",
         )
     vocabulary = output_features["targets"].vocabulary
     sentinels = count_sentinels(vocabulary)
     if sentinels < lengths.spans:
         raise UserError(
-            f"Inputs of {sequence_length['inputs']} tokens have {lengths.spans} masked spans, but the vocabulary has "
-            f"{sentinels} sentinels: shorten the inputs or take a vocabulary with more extra_ids."
+            f"Inputs of {sequence_length['inputs']} tokens have {lengths.spans} masked spans, but the "
+            f"vocabulary has {sentinels} sentinels: shorten the inputs or give it more extra_ids."
         )
     dataset = dataset.map(lambda example: {"targets": example["targets"]})
     dataset = _take_chunk(dataset.filter(lambda example: tf.size(example["targets"]) > 0))
@@ -86,8 +92,8 @@ def random_spans_mask(
 ) -> tf.Tensor:
     """Draws which tokens to mask; kept and masked spans alternate, a kept one first.
 
-    The numbers of masked tokens and of spans follow from the length alone; given those, every arrangement is equally
-    likely.
+    The numbers of masked tokens and of spans follow from the length alone; given those, every arrangement is
+    equally likely.
 
     Args:
       length: int32 scalar, tokens.

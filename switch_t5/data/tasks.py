@@ -1,6 +1,7 @@
 """The names of tasks and mixtures, and the task that a configuration makes from text files.
 
-Names and configured tasks live here without TensorFlow; `seqio_tasks` turns them into seqio's when one is used.
+Names and configured tasks live here without TensorFlow; `seqio_tasks` turns them into seqio's when one is
+used.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ C4_TASKS = {
 # mC4's 101 languages, six of them a second time in Latin script.
 MC4_DATASET = "c4/multilingual:3.0.1"
 MC4_LANGUAGES = tuple(
-    "af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga gd gl gu ha haw "
-    "hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb lo lt lv mg mi mk ml mn mr ms mt "
-    "my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi "
-    "yo zh zh-Latn zu".split()
+    "af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga gd "
+    "gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb lo lt "
+    "lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so sq sr st su "
+    "sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu".split()  # noqa: SIM905
 )
 
 _TASK_NAME = re.compile(r"[\w.:#]+")
@@ -65,12 +66,13 @@ def text_task(
 ) -> str:
     """Defines a span-corruption task on text files and returns its name.
 
-    For a configuration: `MIXTURE_OR_TASK_NAME = @text_task()` and `text_task.pattern = 'essays/*.txt'`. Defining the
-    same task again changes nothing.
+    For a configuration: `MIXTURE_OR_TASK_NAME = @text_task()` and `text_task.pattern = 'essays/*.txt'`.
+    Defining the same task again changes nothing.
 
     Args:
       name: the task's name, of letters, digits, `_`, `.`, `:` and `#`.
-      pattern: a folder, a glob or a file: `.txt` files are a document each, `.jsonl` and `.jsonl.gz` one a line.
+      pattern: a folder, a glob or a file: `.txt` files are a document each, `.jsonl` and `.jsonl.gz` one a
+        line.
       validation_pattern: the same for the validation split; None holds out one document in twenty.
       field: the field of a JSON line that holds the text.
       merge_documents: whether documents are joined before they are cut to length: right for short ones.
@@ -111,13 +113,13 @@ def get_mixture_or_task(
 ) -> seqio.Task | seqio.Mixture:
     """Returns a task or mixture that uses the given vocabulary.
 
-    The registry's entry stays as it is; what is returned is a copy. A task that someone registered with a vocabulary
-    of its own keeps it.
+    The registry's entry stays as it is; what is returned is a copy. A task that someone registered with a
+    vocabulary of its own keeps it.
 
     Args:
       name: one of `task_names()`.
-      vocabulary_path: see `vocabularies.load_vocabulary`. None takes bytes, except for C4 and mC4, where a forgotten
-        vocabulary would be an expensive mistake.
+      vocabulary_path: see `vocabularies.load_vocabulary`. None takes bytes, except for C4 and mC4, where a
+        forgotten vocabulary would be an expensive mistake.
       extra_ids: sentinels to add behind the vocabulary's pieces.
 
     Raises:

@@ -1,12 +1,13 @@
 """TensorFlow and seqio, set up once for reading data on the host's CPU.
 
-Importing this module takes several seconds, nearly all of it TensorFlow's own import, so other modules import it
-inside functions, or are themselves imported that way.
+Importing this module takes several seconds, nearly all of it TensorFlow's own import, so other modules import
+it inside functions, or are themselves imported that way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -45,6 +46,8 @@ def _native_log_dropped() -> Iterator[None]:
                     os.write(2, line)
 
 
+_CHATTY = re.compile(r"[/\\](seqio|tensorflow_datasets)[/\\]")
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # oneDNN announces itself, and plays no part in reading data.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -58,7 +61,9 @@ with _native_log_dropped():
     for _kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], _kind)
 
-# seqio logs each feature of each dataset at INFO, and warns about habits that are deliberate here.
 tf.get_logger().setLevel("ERROR")
+# Both warn of what is deliberate here, and log what they then raise. The logger is shared with others, hence
+# a filter.
+logging.getLogger("absl").addFilter(lambda record: not _CHATTY.search(record.pathname))
 
 __all__ = ["seqio", "tf", "tfds"]

@@ -33,13 +33,13 @@ def load_vocabulary(path: str | None, extra_ids: int = EXTRA_IDS) -> seqio.Vocab
     """Returns the vocabulary at `path`, its last `extra_ids` pieces being span corruption's sentinels.
 
     Args:
-      path: a SentencePiece model, local or on `gs://`, such as T5's `cc_all.32000.100extra/sentencepiece.model`;
-        or 'bytes' or None for UTF-8 bytes.
+      path: a SentencePiece model, local or on `gs://`, such as T5's
+        `cc_all.32000.100extra/sentencepiece.model`; or 'bytes' or None for UTF-8 bytes.
       extra_ids: sentinels to add behind the pieces. A model that holds sentinels of its own gets no others.
 
     Raises:
-      UserError: there is no such file, it is no SentencePiece model with T5's special pieces, or it holds fewer
-        pieces than sentinels.
+      UserError: there is no such file, it is no SentencePiece model with T5's special pieces, or it holds
+        fewer pieces than sentinels.
     """
     from switch_t5.data.tensorflow_runtime import seqio
 
@@ -113,8 +113,8 @@ def train_sentencepiece(
 ) -> None:
     """Trains a unigram SentencePiece model as T5's is and writes it atomically.
 
-    Padding is piece 0, end of sequence 1, unknown 2; there is no beginning of sequence. The sentinels are not in
-    the file: `load_vocabulary` adds them, so the whole vocabulary has `size + extra_ids` entries.
+    Padding is piece 0, end of sequence 1, unknown 2; there is no beginning of sequence. The sentinels are not
+    in the file: `load_vocabulary` adds them, so the whole vocabulary has `size + extra_ids` entries.
 
     Args:
       texts: documents; each line counts as a sentence.
@@ -125,7 +125,8 @@ def train_sentencepiece(
         from 2048 pieces on.
 
     Raises:
-      UserError: `size` does not suit the text or its sentinels, there is no text, or the file cannot be written.
+      UserError: `size` does not suit the text or its sentinels, there is no text, or the file cannot be
+        written.
     """
     import sentencepiece
 
@@ -160,12 +161,14 @@ def _read_pieces(path: str) -> list[str]:
     from sentencepiece import sentencepiece_model_pb2
 
     if path.startswith(("http://", "https://")):
-        raise UserError(f"Vocabulary {path} is on the web: download it and give the file's path (or gs://...).")
+        raise UserError(
+            f"Vocabulary {path} is on the web: download it and give the file's path (or gs://...)."
+        )
     try:
         serialized = epath.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"Vocabulary {path} cannot be read: {error.strerror or error}.") from None
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(serialized)
     except DecodeError:
@@ -178,8 +181,8 @@ def _read_pieces(path: str) -> list[str]:
 def _check_size(pieces: int, sentinels: int, what: str) -> None:
     if pieces < sentinels:
         raise UserError(
-            f"{what} of {pieces} pieces is smaller than its {sentinels} sentinels: it needs more pieces, or fewer "
-            "extra_ids."
+            f"{what} of {pieces} pieces is smaller than its {sentinels} sentinels: it needs more pieces, or "
+            "fewer extra_ids."
         )
 
 

@@ -356,8 +356,10 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
         ),
         (
             "Model = 3",
-            "a.gin, line 1: nothing reads the macro 'Model'. Model is a configurable: give one of its "
-            "parameters, as in Model.PARAMETER.",
+            (
+                "a.gin, line 1: nothing reads the macro 'Model'. Model is a configurable: give one of its "
+                "parameters, as in Model.PARAMETER."
+            ),
         ),
         (
             "Run.model_dir = %MODEL_DIR",
@@ -365,13 +367,17 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
         ),
         (
             "Run.model_dir = %MODEL_DIR\nRun.train_steps = %STEPS\nRun.data = [%DATA]",
-            "DATA, MODEL_DIR and STEPS have no value: "
-            "give them with --gin.DATA=VALUE --gin.MODEL_DIR=VALUE --gin.STEPS=VALUE.",
+            (
+                "DATA, MODEL_DIR and STEPS have no value: "
+                "give them with --gin.DATA=VALUE --gin.MODEL_DIR=VALUE --gin.STEPS=VALUE."
+            ),
         ),
         (
             "Run.train_steps = %TRAIN_STEP\nTRAIN_STEPS = 3",
-            "TRAIN_STEP has no value (a.gin, line 1): give it with --gin.TRAIN_STEP=VALUE. "
-            "Did you mean 'TRAIN_STEPS'?",
+            (
+                "TRAIN_STEP has no value (a.gin, line 1): give it with --gin.TRAIN_STEP=VALUE. "
+                "Did you mean 'TRAIN_STEPS'?"
+            ),
         ),
         (
             "Run.model_dir = %MODEL_DIR\nMODEL_DIR = %gin.REQUIRED",
@@ -383,8 +389,10 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
         ),
         (
             "import no_such_parts.of_it",
-            "a.gin, line 1: cannot import 'no_such_parts.of_it', "
-            "there is no module 'no_such_parts' on PYTHONPATH.",
+            (
+                "a.gin, line 1: cannot import 'no_such_parts.of_it', "
+                "there is no module 'no_such_parts' on PYTHONPATH."
+            ),
         ),
     ],
 )
@@ -427,8 +435,10 @@ def test_what_gin_cannot_read_is_shown_with_its_line(text, line, shown):
         ),
         (
             "optimizer=3",
-            "--gin.optimizer=3 gives a macro that nothing reads. optimizer is a configurable: give one "
-            "of its parameters, as in optimizer.PARAMETER.",
+            (
+                "--gin.optimizer=3 gives a macro that nothing reads. optimizer is a configurable: give one "
+                "of its parameters, as in optimizer.PARAMETER."
+            ),
         ),
         ("Steps=3", "--gin.Steps=3 gives a macro that nothing reads. Did you mean 'STEPS'?"),
         (
@@ -467,6 +477,26 @@ def test_a_macro_read_only_by_an_overridden_line_needs_no_value():
 def test_what_a_gin_file_leaves_to_the_user_can_be_given_by_a_flag():
     text = "Data.split = %SPLIT\nSPLIT = %gin.REQUIRED"
     assert load(text, "SPLIT=test").get("Data").split == "test"
+
+
+def test_a_flag_for_what_nothing_uses_is_refused_when_the_roots_are_known():
+    text = "Model.emb_dim = 1\nModel.optimizer = %CHOSEN\nCHOSEN = @optimizer\n"
+    text += "optimizer.beta = %BETA\nBETA = 0.5\ndecay.rate = %RATE\nRATE = %HALF\nHALF = 0.5\n"
+    text += "takes_anything.colour = 'red'"
+    load(
+        text, "BETA=0.1", "optimizer.beta=%BETA", "CHOSEN=@optimizer", "Model.emb_dim=2"
+    ).check_flags_have_effect(["Model"])
+    for flag, unused in (
+        ("decay.steps=2", "decay"),
+        ("RATE=2", "decay"),
+        ("HALF=2", "decay"),
+        ("BETA=2", "optimizer"),
+    ):
+        configuration = load(text, flag)
+        configuration.check_flags_have_effect(["Model", "decay"])
+        with pytest.raises(UserError) as raised:
+            configuration.check_flags_have_effect(["Data"])
+        assert str(raised.value) == f"--gin.{flag} has no effect: nothing here uses {unused}."
 
 
 # Mistakes found on building.
@@ -625,8 +655,10 @@ def test_the_resolved_text_includes_the_roots_that_are_asked_for():
 def test_differences_are_told_by_parameter_with_where_the_new_value_was_set():
     now = load(UNRESOLVED, "STEPS=20", "DIM=8", "Model.dropout_rate=0.5", "decay.rate=3.0")
     assert now.difference(RESOLVED) == [
-        "Data.lengths was {'inputs': 4, 'targets': 2} and is now {'inputs': 8, 'targets': 2} "
-        "(set in a.gin, line 14).",
+        (
+            "Data.lengths was {'inputs': 4, 'targets': 2} and is now {'inputs': 8, 'targets': 2} "
+            "(set in a.gin, line 14)."
+        ),
         "Model.dropout_rate was 0.0 and is now 0.5 (set by --gin.Model.dropout_rate=0.5).",
         "Model.emb_dim was 4 and is now 8 (set by --gin.DIM=8).",
         "Run.train_steps was 10 and is now 20 (set by --gin.STEPS=20).",

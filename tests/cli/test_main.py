@@ -125,7 +125,7 @@ def test_the_flags_of_commands_inside_a_command_are_known(fake, capsys, monkeypa
 
     monkeypatch.setattr(sys.modules["fake_command_of_test"], "add_arguments", add_arguments)
     assert main(["data", "list", "--verbose"]) == 0 and fake.args.verbose
-    assert complaint(capsys, "data", "lst") == "switch-t5 data: 'lst' is no action. Did you mean 'list'?"
+    assert complaint(capsys, "data", "lst") == "switch-t5 data: 'lst' is no command. Did you mean 'list'?"
     assert complaint(capsys, "data", "list", "--verbos") == (
         "switch-t5 data has no flag --verbos. Did you mean '--verbose'?"
     )
