@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import hashlib
 import importlib.util
@@ -42,9 +43,7 @@ def find_files(pattern: str) -> list[str]:
     """
     path = epath.Path(pattern)
     if path.is_dir():
-        files = sorted(
-            str(file) for file in path.rglob("*") if str(file).endswith(_ENDINGS) and file.is_file()
-        )
+        files = sorted(_files_below(path))
         if not files:
             raise UserError(f"Folder {pattern!r} holds no {_ENDINGS_TEXT} file.")
     else:
@@ -158,14 +157,21 @@ def _documents_of(path: str, field: str) -> Iterator[str]:
                 yield parse_json_line(line.rstrip(b"\r\n"), path, number, field)
 
 
+def _files_below(folder: epath.Path) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files_below(entry)
+        elif str(entry).endswith(_ENDINGS):
+            yield str(entry)
+
+
 def _glob(pattern: str) -> Iterator[str]:
-    wild = _WILDCARD.search(pattern)
-    if wild is None:
-        return
-    base, slash, _ = pattern[: wild.start()].rpartition("/")
-    folder = epath.Path(base + slash) if slash else epath.Path(".")
-    if folder.is_dir():
-        yield from (str(file) for file in folder.glob(pattern[len(base + slash) :]) if file.is_file())
+    if "://" not in pattern:
+        yield from (path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    elif wild := _WILDCARD.search(pattern):
+        # A cloud's storage has no folders to walk, so `**` is not offered there.
+        folder, _, rest = pattern[: wild.start()].rpartition("/")
+        yield from (str(path) for path in epath.Path(folder).glob(rest + pattern[wild.start() :]))
 
 
 def _check_files(files: Sequence[str], pattern: str) -> None:

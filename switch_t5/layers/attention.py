@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,14 +34,22 @@ class Attention(nnx.Module):
         self.out = parameter(rngs, out_init, (num_heads, head_dim, emb_dim), ("heads", "kv", "embed"))
 
     def __call__(
-        self, queries: Array, memory: Array, bias: Array, *, dropout_rate: float, rng: Array | None
+        self,
+        queries: Array,
+        memory: Array,
+        mask: Array,
+        positions: Array | None,
+        *,
+        dropout_rate: float,
+        rng: Array | None,
     ) -> Array:
         """Attends.
 
         Args:
           queries: ``[batch, query length, embed]``.
           memory: ``[batch, key length, embed]``; the queries themselves in self-attention.
-          bias: broadcastable to ``[batch, heads, query length, key length]``, float32: positions and masks.
+          mask: ``[batch, 1, query length, key length]`` float32, of :func:`mask_bias`.
+          positions: ``[1, heads, query length, key length]`` float32; None in cross-attention.
           dropout_rate: of the attention probabilities.
           rng: None in evaluation.
 
@@ -49,10 +59,9 @@ class Attention(nnx.Module):
         query = self._project(queries, self.query)
         key = self._project(memory, self.key)
         value = self._project(memory, self.value)
-        logits = jnp.einsum("bhqk,bhtk->bhqt", query, key).astype(jnp.float32) + bias
-        weights = dropout(jax.nn.softmax(logits).astype(query.dtype), dropout_rate, rng)
-        context = jnp.einsum("bhqt,bhtk->bhqk", weights, value)
-        context = constrain(context, ("batch", "heads", "length", "kv"))
+        # T5 drops a key for all queries at once, which is to drop its value.
+        value = dropout(value, dropout_rate, rng, broadcast_dim=-1)
+        context = constrain(attend(query, key, value, mask, positions), ("batch", "heads", "length", "kv"))
         return jnp.einsum("bhqk,hkd->bqd", context, self.out[...].astype(context.dtype))
 
     @staticmethod
@@ -62,7 +71,61 @@ class Attention(nnx.Module):
         return constrain(heads, ("batch", "heads", "length", "kv"))
 
 
-def attention_bias(
+@jax.custom_vjp
+def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array | None) -> Array:
+    """``softmax(query key^T + mask + positions) value``, with the softmax in float32.
+
+    The probabilities are never divided by their sum: the output is, which has ``kv`` entries a query
+    instead of a key length. So too in the derivative, where the sum over keys of probability times its
+    gradient is the product of output and output gradient (Dao et al. 2022, section 3.1).
+
+    Args:
+      query: ``[batch, heads, query length, kv]``.
+      key: ``[batch, heads, key length, kv]``.
+      value: ``[batch, heads, key length, kv]``.
+      mask: ``[batch, 1, query length, key length]`` float32; it has no derivative.
+      positions: ``[1, heads, query length, key length]`` float32, or None.
+
+    Returns:
+      ``[batch, heads, query length, kv]``.
+    """
+    return _attend_forward(query, key, value, mask, positions)[0]
+
+
+def _attend_forward(
+    query: Array, key: Array, value: Array, mask: Array, positions: Array | None
+) -> tuple[Array, tuple[Array | None, ...]]:
+    bias = mask if positions is None else mask + positions
+    logits = jnp.einsum("bhqk,bhtk->bhqt", query, key).astype(jnp.float32) + bias
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(query.dtype)
+    context = (jnp.einsum("bhqt,bhtk->bhqk", weights, value) / total).astype(query.dtype)
+    return context, (query, key, value, mask, positions, weights, total, context)
+
+
+def _attend_backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array | None, ...]:
+    query, key, value, mask, positions, weights, total, context = residuals
+    d_context = (d_context / total).astype(query.dtype)
+    d_value = jnp.einsum("bhqt,bhqk->bhtk", weights, d_context)
+    d_weights = jnp.einsum("bhqk,bhtk->bhqt", d_context, value)
+    shared = jnp.sum((d_context * context).astype(jnp.float32), axis=-1, keepdims=True)
+    d_logits = weights * (d_weights - shared)
+    narrow = d_logits.astype(query.dtype)
+    d_query = jnp.einsum("bhqt,bhtk->bhqk", narrow, key)
+    d_key = jnp.einsum("bhqt,bhqk->bhtk", narrow, query)
+    d_positions = None
+    if positions is not None:
+        # A product with ones: XLA:CPU's own sum over a leading axis takes sixty times as long (jax 0.10).
+        ones = jnp.ones((1, d_logits.shape[0]), jnp.float32)
+        d_positions = jnp.einsum("ob,bhqt->ohqt", ones, d_logits.astype(jnp.float32))
+    return d_query, d_key, d_value, jnp.zeros_like(mask), d_positions
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def mask_bias(
     query_mask: Array,
     key_mask: Array,
     *,
@@ -70,7 +133,7 @@ def attention_bias(
     key_segments: Array | None = None,
     causal: bool = False,
 ) -> Array:
-    """Turns masks into a bias.
+    """Turns masks into what is added to attention logits.
 
     Args:
       query_mask: ``[B, Q]`` bool, False for padding.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,8 +22,8 @@ class Embedding(nnx.Module):
         return jnp.take(self.table[...], tokens, axis=0, mode="clip").astype(dtype)
 
     def output_kernel(self) -> Array:
-        """The matrix ``[vocab, embed]`` of tied logits: the table over ``sqrt(embed)``, float32."""
-        return self.table[...] * (1 / math.sqrt(self.table.shape[-1]))
+        """The matrix ``[vocab, embed]`` of tied logits, float32; what it multiplies is scaled."""
+        return self.table[...]
 
 
 class LogitsDense(nnx.Module):

@@ -64,13 +64,36 @@ class RelativePositionBias(nnx.Module):
 
     def __call__(self, query_length: int, key_length: int, dtype: jnp.dtype) -> Array:
         """Returns ``[1, heads, query_length, key_length]``."""
-        position = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+        # Entry r holds the bias at distance r, negative distances at the end, as modulo has it.
+        period = query_length + key_length
+        distance = (np.arange(period) + query_length) % period - query_length
         bucket = relative_position_bucket(
-            position,
+            distance,
             bidirectional=self.bidirectional,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        # A sum over one-hot buckets: its derivative is a matrix multiplication where a gather's is a scatter.
-        one_hot = (bucket[None] == np.arange(self.num_buckets)[:, None, None]).astype(np.float32)
-        return jnp.einsum("hr,rqt->hqt", self.embedding[...], jnp.asarray(one_hot))[None].astype(dtype)
+        one_hot = (bucket == np.arange(self.num_buckets)[:, None]).astype(np.float32)
+        by_distance = self.embedding[...] @ jnp.asarray(one_hot)
+        return along_diagonals(by_distance, query_length, key_length)[None].astype(dtype)
+
+
+def along_diagonals(values: Array, rows: int, columns: int) -> Array:
+    """Fills matrices that are constant along their diagonals.
+
+    Rows of length ``period`` that are read as if they were one shorter shift by one from each to the next. Its
+    derivative, a sum along diagonals, is then one along an axis; to look each entry up by bucket would make
+    it a matrix multiplication over all pairs of positions.
+
+    Args:
+      values: ``[heads, period]``; ``period`` is at least ``rows + columns``.
+      rows: queries.
+      columns: keys.
+
+    Returns:
+      ``[heads, rows, columns]``: entry (q, k) is ``values[(k - q) % period]``.
+    """
+    heads, period = values.shape
+    repeated = jnp.broadcast_to(values[:, None], (heads, rows, period)).reshape(heads, rows * period)
+    shifted = repeated[:, : rows * (period - 1)].reshape(heads, rows, period - 1)
+    return shifted[:, :, :columns]

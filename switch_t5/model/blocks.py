@@ -23,7 +23,7 @@ RESIDUAL_AXES = ("batch", "length", "embed")
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mask", "self_bias", "encoded", "cross_bias"],
+    data_fields=["mask", "self_mask", "positions", "encoded", "cross_mask"],
     meta_fields=["sequences", "train"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,19 @@ class BlockInputs:
 
     Attributes:
       mask: ``[batch, length]`` bool, False for padding.
-      self_bias: ``[1 or batch, heads, length, length]`` float32: positions and mask.
+      self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see.
+      positions: ``[1, heads, length, length]`` float32, the relative position bias.
       encoded: ``[batch, encoder length, embed]``, the encoder's output; None in the encoder.
-      cross_bias: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
+      cross_mask: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
       sequences: sequences in a routing group.
       train: chooses the experts' capacity.
     """
 
     mask: Array
-    self_bias: Array
+    self_mask: Array
+    positions: Array | None
     encoded: Array | None
-    cross_bias: Array | None
+    cross_mask: Array | None
     sequences: int
     train: bool
 
@@ -74,13 +76,15 @@ class Block(nnx.Module):
         attention_rng, cross_rng, mlp_rng, *residual_rngs = split_rng(rng, 6)
 
         y = self.self_attention_norm(x)
-        y = self.self_attention(y, y, inputs.self_bias, dropout_rate=rate, rng=attention_rng)
+        y = self.self_attention(y, y, inputs.self_mask, inputs.positions, dropout_rate=rate, rng=attention_rng)
         x = constrain(x + dropout(y, rate, residual_rngs[0]), RESIDUAL_AXES)
 
         if self.decoder:
-            assert inputs.encoded is not None and inputs.cross_bias is not None
+            assert inputs.encoded is not None and inputs.cross_mask is not None
             y = self.cross_attention_norm(x)
-            y = self.cross_attention(y, inputs.encoded, inputs.cross_bias, dropout_rate=rate, rng=cross_rng)
+            y = self.cross_attention(
+                y, inputs.encoded, inputs.cross_mask, None, dropout_rate=rate, rng=cross_rng
+            )
             x = constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES)
 
         y, stats = self._feed_forward(self.mlp_norm(x), inputs, mlp_rng)

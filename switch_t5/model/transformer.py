@@ -6,13 +6,14 @@ Source: Raffel et al. 2020; with Switch layers, Fedus et al. 2022.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_t5.layers.attention import attention_bias
+from switch_t5.layers.attention import mask_bias
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.embedding import Embedding, LogitsDense
 from switch_t5.layers.normalization import RMSNorm
@@ -60,11 +61,11 @@ class Coder(nnx.Module):
     def __call__(
         self, x: Array, inputs: BlockInputs, rng: Array | None
     ) -> tuple[Array, RouterStats | None]:
-        """``[batch, length, embed]`` to the same; ``inputs.self_bias`` comes without positions."""
+        """``[batch, length, embed]`` to the same; the inputs come without ``positions``."""
         rate = self.config.dropout_rate
         input_rng, stack_rng, output_rng = split_rng(rng, 3)
         positions = self.relative_position(x.shape[1], x.shape[1], jnp.dtype(jnp.float32))
-        inputs = dataclasses.replace(inputs, self_bias=inputs.self_bias + positions)
+        inputs = dataclasses.replace(inputs, positions=positions)
         x = constrain(dropout(x, rate, input_rng), RESIDUAL_AXES)
         x, stats = self.stack(x, inputs, stack_rng)
         return dropout(self.norm(x), rate, output_rng), stats
@@ -97,8 +98,8 @@ class SwitchTransformer(nnx.Module):
           ``[batch, length, embed]`` and the encoder's router statistics.
         """
         mask = tokens > 0
-        bias = attention_bias(mask, mask, query_segments=segments, key_segments=segments)
-        inputs = BlockInputs(mask, bias, None, None, self._sequences(tokens), train)
+        bias = mask_bias(mask, mask, query_segments=segments, key_segments=segments)
+        inputs = BlockInputs(mask, bias, None, None, None, self._sequences(tokens), train)
         return self.encoder(self.embedding(tokens, self.config.activation_dtype), inputs, rng)
 
     def decode(
@@ -126,14 +127,17 @@ class SwitchTransformer(nnx.Module):
           rng: None for neither dropout nor jitter.
 
         Returns:
-          ``[batch, length, embed]``, to be multiplied by :meth:`output_kernel`, and the statistics.
+          ``[batch, length, embed]`` float32, to be multiplied by :meth:`output_kernel`, and the statistics.
         """
-        self_bias = attention_bias(mask, mask, query_segments=segments, key_segments=segments, causal=True)
-        cross_bias = attention_bias(
+        self_mask = mask_bias(mask, mask, query_segments=segments, key_segments=segments, causal=True)
+        cross_mask = mask_bias(
             mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments
         )
-        inputs = BlockInputs(mask, self_bias, encoded, cross_bias, self._sequences(encoder_tokens), train)
-        return self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
+        inputs = BlockInputs(mask, self_mask, None, encoded, cross_mask, self._sequences(encoder_tokens), train)
+        x, stats = self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
+        # Tied logits are divided by sqrt(embed): here, where the array is small, and in float32.
+        scale = 1 / math.sqrt(self.config.emb_dim) if self.config.tied_logits else 1.0
+        return x.astype(jnp.float32) * scale, stats
 
     def _sequences(self, encoder_tokens: Array) -> int:
         """Sequences in a routing group."""

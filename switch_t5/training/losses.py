@@ -130,8 +130,10 @@ def cross_entropy(
     Returns:
       Two float32 scalars in nats: the weighted sums of the cross-entropy and of ``z_loss * logsumexp^2``.
     """
-    values = logits(hidden, output_kernel)
-    return _cross_entropy(values, targets, weights, label_smoothing, z_loss)
+    features = (hidden.shape[0] * hidden.shape[1], hidden.shape[2])
+    return _cross_entropy(
+        hidden.reshape(features), output_kernel, targets.reshape(-1), weights.reshape(-1), label_smoothing, z_loss
+    )
 
 
 def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float, float]:
@@ -142,42 +144,46 @@ def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float,
     return right, other, float(entropy)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(
-    values: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
+    hidden: Array, output_kernel: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
 ) -> tuple[Array, Array]:
-    return _cross_entropy_forward(values, targets, weights, label_smoothing, z_loss)[0]
+    """:func:`cross_entropy` on flat tokens: ``[tokens, embed]``, ``[tokens]``.
+
+    Its own derivative reads the logits ``[tokens, vocab]``, the largest array of all, once, where the
+    derivative of the log-sum-exp would read it and write it several times.
+    """
+    return _cross_entropy_forward(hidden, output_kernel, targets, weights, label_smoothing, z_loss)[0]
 
 
 def _cross_entropy_forward(
-    values: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
-    right, other, entropy = _confidences(label_smoothing, values.shape[-1])
+    hidden: Array, output_kernel: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    right, other, entropy = _confidences(label_smoothing, output_kernel.shape[0])
+    values = logits(hidden, output_kernel)
     log_z = jax.nn.logsumexp(values, axis=-1)
-    # A masked sum: reading the target's logit by index would gather a vocabulary that is sharded.
-    is_target = targets[..., None] == jnp.arange(values.shape[-1])
-    target_logit = jnp.sum(jnp.where(is_target, values, 0), axis=-1)
+    # Multiplied out anew: to find the target among the logits would be one more pass over them.
+    target_logit = jnp.sum(hidden.astype(jnp.float32) * jnp.take(output_kernel, targets, axis=0, mode="clip"), axis=-1)
     loss = log_z - (right - other) * target_logit - entropy
     if other:
         loss -= other * jnp.sum(values, axis=-1)
     sums = jnp.sum(loss * weights), z_loss * jnp.sum(jnp.square(log_z) * weights)
-    return sums, (values, targets, weights, log_z)
+    return sums, (hidden, output_kernel, values, targets, weights, log_z)
 
 
 def _cross_entropy_backward(
-    label_smoothing: float,
-    z_loss: float,
-    residuals: tuple[Array, Array, Array, Array],
-    cotangents: tuple[Array, Array],
-) -> tuple[Array, np.ndarray, Array]:
-    values, targets, weights, log_z = residuals
+    label_smoothing: float, z_loss: float, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, np.ndarray, Array]:
+    hidden, output_kernel, values, targets, weights, log_z = residuals
     right, other, _ = _confidences(label_smoothing, values.shape[-1])
     of_loss, of_z = (cotangent * weights for cotangent in cotangents)
-    slope = (of_loss + of_z * 2 * z_loss * log_z)[..., None]
-    is_target = targets[..., None] == jnp.arange(values.shape[-1])
-    probs = jnp.exp(values - log_z[..., None])
-    d_values = slope * probs - of_loss[..., None] * jnp.where(is_target, right, other)
-    return d_values, np.zeros(targets.shape, jax.dtypes.float0), jnp.zeros_like(weights)
+    slope = (of_loss + of_z * 2 * z_loss * log_z)[:, None]
+    is_target = targets[:, None] == jnp.arange(values.shape[-1])
+    target_probs = jnp.where(is_target, right, other)
+    d_values = slope * jnp.exp(values - log_z[:, None]) - of_loss[:, None] * target_probs
+    d_hidden = (d_values @ output_kernel).astype(hidden.dtype)
+    d_kernel = jnp.einsum("tv,td->vd", d_values, hidden.astype(jnp.float32))
+    return d_hidden, d_kernel, np.zeros(targets.shape, jax.dtypes.float0), jnp.zeros_like(weights)
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -45,8 +45,9 @@ def train_step(
         grads, metrics = gradient(state.params, batch, rng)
     else:
         grads, metrics = accumulate(gradient, state.params, batch, rng, microbatches)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
