@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from switch_t5.data.pipeline import BatchIterator, DataConfig
     from switch_t5.training.loop import Recorder
     from switch_t5.training.state import TrainState
-    from switch_t5.types import Params
 
 MAY_CHANGE = (
     "TrainConfig.model_dir",
@@ -41,9 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns 0, or 143 or 130 after a signal, the state saved."""
+    from switch_t5.cli.build import ROOTS
     from switch_t5.cli.configuration import Configuration
 
     configuration = Configuration.load(args.gin_file, args.gin_bindings, args.gin_search_paths)
+    configuration.check_flags_have_effect([*ROOTS, "RuntimeConfig"])
     configuration.get("RuntimeConfig").apply()
     data = configuration.get("DataConfig")
     with ThreadPoolExecutor(1) as pool:
@@ -136,19 +137,13 @@ def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -
         restored = checkpointer.restore(run.abstract_state)
         batches.set_state(restored.data_state)
         return restored.state
+    from switch_t5.cli.trained import load_params
+
     path = run.spec.train.initial_checkpoint_path
     if path is None:
         return run.init_state()
-    return run.with_params(load_params(run, path))
-
-
-def load_params(run: Run, path: str) -> Params:
-    """The parameters of a run (its latest checkpoint) or of one checkpoint."""
-    from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
-
-    model_dir, step = locate_checkpoint(path)
-    with Checkpointer(model_dir, read_only=True) as source:
-        return source.restore_part("params", run.abstract_state.params, step)
+    params, _ = load_params(run, path)
+    return run.with_params(params)
 
 
 def _banner(run: Run, first_step: int) -> None:

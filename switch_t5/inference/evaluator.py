@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy of a model, and what a model that knows word frequencies alone would score."""
+"""Held-out loss and accuracy of a model."""
 
 from __future__ import annotations
 
@@ -38,19 +38,3 @@ def evaluate(
     if not tokens:
         raise ValueError("the evaluation batches hold no target token")
     return {"loss": nats / tokens, "accuracy": correct / tokens, "tokens": int(tokens)}
-
-
-def unigram_loss(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]]) -> float:
-    """Nats per target token of the best model that looks at no context.
-
-    Args:
-      counts: ``[vocab]`` how often each token was a target in training; one is added to each.
-      batches: the held-out batches.
-    """
-    log_probs = np.log(counts + 1.0) - np.log(np.sum(counts + 1.0))
-    nats, tokens = 0.0, 0.0
-    for batch in batches:
-        weights = batch["decoder_loss_weights"]
-        nats -= float(np.sum(log_probs[batch["decoder_target_tokens"]] * weights))
-        tokens += float(np.sum(weights))
-    return nats / tokens

@@ -131,7 +131,8 @@ class Recorder:
 
 def scalars(metrics: Metrics) -> dict[str, float]:
     """A step's metrics as numbers by name; router statistics as ``<stack>/<sparse layer>/<name>``."""
-    values = {name: float(value) for name, value in metrics.items() if name != "router"}
+    values = {"loss": float(metrics["loss"])}
+    values |= {name: float(value) for name, value in metrics.items() if name not in ("loss", "router")}
     for stack, stats in metrics["router"].items():
         for name, means in stats.means().items():
             if name in ("fraction_dropped", "router_entropy", "router_confidence"):
