@@ -1,0 +1,311 @@
+"""Times the whole training step, dense and with experts, beside the floor of its own matrix multiplications.
+
+    python scripts/benchmarks/train_step.py --json=train_step.json
+    python scripts/benchmarks/train_step.py --experts=0,8 --peers
+
+Each row runs in a process of its own, which times the step (forward, backward, Adafactor) and the floor in turn, so that
+a noisy machine troubles both alike. The floor is one program of all the matrix multiplications that the step
+contains, forward and both of each one's derivatives, on arrays of the same shapes and batching, and nothing else.
+``--peers`` times Hugging Face's model of the same sizes with its Adafactor, where transformers and torch are
+installed (``--peer_python`` names an interpreter that has them), alternating with this project's rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EMB, MLP, HEADS, HEAD_DIM, LAYERS, VOCAB = 256, 1024, 4, 64, 4, 32128
+BATCH, ENCODER_LENGTH, DECODER_LENGTH = 8, 512, 114
+CAPACITY_FACTOR = 1.25
+TOKENS = BATCH * (ENCODER_LENGTH + DECODER_LENGTH)
+
+
+def main() -> int:
+    """Runs the rows that the flags ask for and prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--experts", default="0,8,32,64,128", help="rows, by number of experts; 0 is dense")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each row")
+    parser.add_argument("--quick", action="store_true", help="two rows of three steps, to see that it runs")
+    parser.add_argument("--peers", action="store_true", help="also time Hugging Face's model")
+    parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with transformers and torch")
+    parser.add_argument("--json", help="where to write the rows; - is standard output")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peer_row", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    repeats = 3 if args.quick else args.repeats
+    if args.row is not None:
+        print(json.dumps(measure(args.row, repeats)))
+        return 0
+    if args.peer_row is not None:
+        print(json.dumps(measure_peer(args.peer_row, repeats)))
+        return 0
+
+    rows = []
+    for experts in [0, 8] if args.quick else [int(word) for word in args.experts.split(",")]:
+        rows.append(_in_process(sys.executable, "--row", experts, repeats))
+        if args.peers and experts <= 64:
+            rows.append(_in_process(args.peer_python, "--peer_row", experts, repeats))
+    text = json.dumps(rows, indent=1)
+    if args.json == "-":
+        print(text)
+    else:
+        print(table(rows))
+        if args.json:
+            Path(args.json).write_text(text + "\n")
+    return 0
+
+
+def _in_process(python: str, flag: str, experts: int, repeats: int) -> dict[str, Any]:
+    command = [python, __file__, f"{flag}={experts}", f"--repeats={repeats}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, with the ratios that matter."""
+    ours = {row["experts"]: row for row in rows if row["system"] == "switch_t5"}
+    dense = ours.get(0)
+    lines = [
+        "| system | experts | wall s | CPU s | step / floor (wall) | over dense | tokens/s | peak MB | compile s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        floor = row.get("floor_wall_seconds")
+        ratio = f"{row['wall_seconds'] / floor:.2f}" if floor else "–"
+        if row["system"] != "switch_t5" and row["experts"] in ours:
+            ratio = f"{row['wall_seconds'] / ours[row['experts']]['wall_seconds']:.2f}x ours"
+        same = dense if row["system"] == "switch_t5" else None
+        over = f"{row['wall_seconds'] / same['wall_seconds']:.2f}" if same else "–"
+        compile_seconds = f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "–"
+        lines.append(
+            f"| {row['system']} | {row['experts'] or 'dense'} | {row['wall_seconds']:.3f} | {row['cpu_seconds']:.3f} | "
+            f"{ratio} | {over} | {row['tokens_per_second']:,.0f} | {row['peak_bytes'] / 1e6:,.0f} | {compile_seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def _times(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median (wall, CPU) seconds of each function, called in turn; the first round warms up."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: tuple(statistics.median(column) for column in zip(*pairs[1:], strict=True))  # pyright: ignore
+        for name, pairs in seconds.items()
+    }
+
+
+def measure(experts: int, repeats: int) -> dict[str, Any]:
+    """One row of this project."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from switch_t5.layers.moe import MoEConfig
+    from switch_t5.model.config import TransformerConfig
+    from switch_t5.model.functional import Model
+    from switch_t5.training.losses import LossConfig
+    from switch_t5.training.optimizers import adafactor
+    from switch_t5.training.schedules import rsqrt_decay
+    from switch_t5.training.state import TrainState
+    from switch_t5.training.step import train_step
+
+    moe = experts and MoEConfig(num_experts=experts, group_size=BATCH * ENCODER_LENGTH, train_capacity_factor=CAPACITY_FACTOR)
+    config = TransformerConfig(
+        vocab_size=VOCAB,
+        emb_dim=EMB,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        mlp_dim=MLP,
+        num_encoder_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        moe=moe or None,
+    )
+    model = Model(config)
+    optimizer = adafactor(rsqrt_decay())(model.axes)
+    params = jax.jit(model.init)(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    random = np.random.default_rng(0)
+    batch = {name: jnp.asarray(value) for name, value in _batch(random).items()}
+    step = functools.partial(train_step, model=model, optimizer=optimizer, config=LossConfig())
+    begin = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - begin
+
+    def run_step() -> None:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    products, floor = _floor(experts)
+    times = _times({"step": run_step, "floor": lambda: jax.block_until_ready(floor(products))}, repeats)
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "system": "switch_t5",
+        "experts": experts,
+        "wall_seconds": times["step"][0],
+        "cpu_seconds": times["step"][1],
+        "floor_wall_seconds": times["floor"][0],
+        "floor_cpu_seconds": times["floor"][1],
+        "tokens_per_second": TOKENS / times["step"][0],
+        "peak_bytes": peak + memory.temp_size_in_bytes,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _batch(random: Any) -> dict[str, Any]:
+    import numpy as np
+
+    decoder = (BATCH, DECODER_LENGTH)
+    return {
+        "encoder_input_tokens": random.integers(1, VOCAB, (BATCH, ENCODER_LENGTH)).astype(np.int32),
+        "decoder_input_tokens": random.integers(1, VOCAB, decoder).astype(np.int32),
+        "decoder_target_tokens": random.integers(1, VOCAB, decoder).astype(np.int32),
+        "decoder_loss_weights": np.ones(decoder, np.float32),
+    }
+
+
+def matrix_products(experts: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Every matrix multiplication of the forward pass: an einsum and the shapes of activation and weight (or activation)."""
+    from switch_t5.routing.capacity import expert_capacity
+
+    heads = (BATCH, HEADS)
+    products = []
+
+    def project(length: int) -> None:
+        products.append(("bld,dhk->bhlk", (BATCH, length, EMB), (EMB, HEADS, HEAD_DIM)))
+
+    def attention(queries: int, keys: int) -> None:
+        project(queries)
+        project(keys)
+        project(keys)
+        products.append(("bhqk,bhtk->bhqt", (*heads, queries, HEAD_DIM), (*heads, keys, HEAD_DIM)))
+        products.append(("bhqt,bhtk->bhqk", (*heads, queries, keys), (*heads, keys, HEAD_DIM)))
+        products.append(("bhqk,hkd->bqd", (*heads, queries, HEAD_DIM), (HEADS, HEAD_DIM, EMB)))
+
+    def feed_forward(length: int, sparse: bool) -> None:
+        if not sparse:
+            products.append(("bld,df->blf", (BATCH, length, EMB), (EMB, MLP)))
+            products.append(("blf,fd->bld", (BATCH, length, MLP), (MLP, EMB)))
+            return
+        capacity = expert_capacity(BATCH * length, experts, CAPACITY_FACTOR)
+        products.append(("bld,de->ble", (BATCH, length, EMB), (EMB, experts)))
+        products.append(("ecd,edf->ecf", (experts, capacity, EMB), (experts, EMB, MLP)))
+        products.append(("ecf,efd->ecd", (experts, capacity, MLP), (experts, MLP, EMB)))
+
+    for layer in range(LAYERS):
+        sparse = experts > 0 and layer % 2 == 1
+        attention(ENCODER_LENGTH, ENCODER_LENGTH)
+        feed_forward(ENCODER_LENGTH, sparse)
+        attention(DECODER_LENGTH, DECODER_LENGTH)
+        attention(DECODER_LENGTH, ENCODER_LENGTH)
+        feed_forward(DECODER_LENGTH, sparse)
+    products.append(("bld,vd->blv", (BATCH, DECODER_LENGTH, EMB), (VOCAB, EMB)))
+    return products
+
+
+def _floor(experts: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The arrays and the compiled program of the matrix multiplications and their derivatives."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    products = matrix_products(experts)
+    random, shared = np.random.default_rng(0), {}
+
+    def array(shape: tuple[int, ...], key: Any) -> Any:
+        if (shape, key) not in shared:
+            shared[shape, key] = jnp.asarray(random.standard_normal(shape, np.float32))
+        return shared[shape, key]
+
+    inputs = []
+    for index, (spec, left, right) in enumerate(products):
+        output = jax.eval_shape(lambda a, b, spec=spec: jnp.einsum(spec, a, b), jnp.zeros(left), jnp.zeros(right))
+        # Weights are each their own; activations, which a step has just computed, are shared.
+        weight = None if spec.startswith("bhq") and right[0] == BATCH else index
+        inputs.append((array(left, None), array(right, weight), array(output.shape, "cotangent")))
+
+    def program(inputs: Any) -> Any:
+        outputs = []
+        for (spec, _, _), (left, right, cotangent) in zip(products, inputs, strict=True):
+            value, derivative = jax.vjp(lambda a, b, spec=spec: jnp.einsum(spec, a, b), left, right)
+            d_left, d_right = derivative(cotangent)
+            # Weight gradients are results, as they are for the optimizer; of activations one entry is asked for.
+            outputs.append((value.ravel()[0], d_left.ravel()[0], d_right))
+        return outputs
+
+    return inputs, jax.jit(program).lower(inputs).compile()
+
+
+def measure_peer(experts: int, repeats: int) -> dict[str, Any]:
+    """One row of Hugging Face's T5 or Switch Transformers, with its own Adafactor."""
+    import resource
+
+    import numpy as np
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "d_model": EMB,
+        "d_kv": HEAD_DIM,
+        "d_ff": MLP,
+        "num_layers": LAYERS,
+        "num_decoder_layers": LAYERS,
+        "num_heads": HEADS,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }
+    torch.manual_seed(0)
+    if experts:
+        config = transformers.SwitchTransformersConfig(
+            **sizes,
+            num_experts=experts,
+            num_sparse_encoder_layers=LAYERS // 2,
+            num_sparse_decoder_layers=LAYERS // 2,
+            expert_capacity=int(ENCODER_LENGTH * CAPACITY_FACTOR / experts),
+        )
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+    else:
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model.train()
+    optimizer = transformers.Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=True)
+    arrays = _batch(np.random.default_rng(0))
+    inputs = torch.from_numpy(arrays["encoder_input_tokens"]).long()
+    labels = torch.from_numpy(arrays["decoder_target_tokens"]).long()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=inputs, labels=labels).loss.backward()
+        optimizer.step()
+
+    wall, cpu = _times({"step": step}, repeats)["step"]
+    return {
+        "system": "huggingface",
+        "experts": experts,
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "tokens_per_second": TOKENS / wall,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "compile_seconds": 0.0,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
