@@ -46,13 +46,24 @@ class RunSpec:
     checkpoint: CheckpointConfig
 
     @classmethod
-    def read(cls, configuration: Configuration) -> RunSpec:
+    def read(cls, configuration: Configuration, data: DataConfig | None = None) -> RunSpec:
         """Builds every part, and checks what concerns one part alone.
+
+        Args:
+          configuration: what to read.
+          data: the data's part, where it was built already.
 
         Raises:
           UserError: a value is missing or refused.
         """
-        return cls(*(configuration.get(name) for name in ROOTS))
+        return cls(
+            transformer=configuration.get("TransformerConfig"),
+            loss=configuration.get("LossConfig"),
+            mesh=configuration.get("MeshConfig"),
+            data=data or configuration.get("DataConfig"),
+            train=configuration.get("TrainConfig"),
+            checkpoint=configuration.get("CheckpointConfig"),
+        )
 
 
 class Run:

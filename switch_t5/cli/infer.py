@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,10 +57,16 @@ def run(args: argparse.Namespace) -> int:
         if target is not None:
             result["target"] = filled(masked, spans(decode(vocabulary, target.tolist())))
         results.append(result)
-        print(f"masked  {masked}\nmodel   {result['filled']}")
-        print(f"truth   {result['target']}\n" if target is not None else "")
+    if args.json != "-":
+        print("\n\n".join(_told(result) for result in results))
     write_json(results, args.json)
     return 0
+
+
+def _told(result: dict[str, Any]) -> str:
+    """A result for the eye."""
+    lines = [f"masked  {result['input']}", f"model   {result['filled']}"]
+    return "\n".join([*lines, f"truth   {result['target']}"] if "target" in result else lines)
 
 
 def _held_out(data: DataConfig, count: int) -> tuple[list[np.ndarray], list[np.ndarray | None]]:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(1) as pool:
         # Reading starts here, beside the compilation: both take seconds.
         batches = pool.submit(_open_data, data)
-        return _train(configuration, batches.result)
+        return _train(configuration, data, batches.result)
 
 
 def _open_data(data: DataConfig) -> BatchIterator:
@@ -59,13 +59,13 @@ def _open_data(data: DataConfig) -> BatchIterator:
     return BatchIterator(data, repeat=True)
 
 
-def _train(configuration: Configuration, open_batches: Callable[[], BatchIterator]) -> int:
+def _train(configuration: Configuration, data: DataConfig, open_batches: Callable[[], BatchIterator]) -> int:
     from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import Run, RunSpec
     from switch_t5.training.graceful_stop import GracefulStop
     from switch_t5.training.loop import train
 
-    spec = RunSpec.read(configuration)
+    spec = RunSpec.read(configuration, data)
     with configuration.locating_errors():
         run = Run(spec)
     model_dir = Path(spec.train.model_dir)

@@ -49,12 +49,12 @@ def restore(iterator: Any, state: bytes, description: Mapping[str, Any]) -> None
     """Moves an iterator to where the saved one was.
 
     Args:
-      iterator: made over the same dataset as the one that was saved.
+      iterator: made over the same dataset as the one that was saved, and not read from yet.
       state: what `save` returned.
       description: as given to `save`.
 
     Raises:
-      UserError: the state is not one, or was saved for something else; the iterator is then unchanged.
+      UserError: the state is not one, or was saved for something else.
     """
     from switch_t5.data.tensorflow_runtime import tf
 

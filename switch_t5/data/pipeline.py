@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 _FEATURES = ("inputs", "targets")
-_USER_ERROR_INSIDE = re.compile(r"UserError: (.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ class BatchIterator:
 
         Raises:
           ConfigError: a value of the configuration cannot be used with the task.
-          UserError: there is no such task, vocabulary or source.
+          UserError: there is no such task or vocabulary, or its text cannot be read.
         """
         if config.batch_size % num_shards:
             raise ConfigError(
@@ -109,11 +107,9 @@ class BatchIterator:
         self._rows = config.batch_size // num_shards
         self._repeat = repeat
         self._shard = (shard_index, num_shards)
-        provider = _provider(config)
-        self.vocabulary: seqio.Vocabulary = provider.output_features["targets"].vocabulary
-        self._iterator = iter(
-            _dataset(config, provider, repeat, shard_index, num_shards).batch(self._rows).prefetch(2)
-        )
+        self._provider = _provider(config)
+        self.vocabulary: seqio.Vocabulary = self._provider.output_features["targets"].vocabulary
+        self._iterator = self._new_iterator()
         self._started = False
 
     def __iter__(self) -> BatchIterator:
@@ -124,18 +120,17 @@ class BatchIterator:
 
         Raises:
           StopIteration: the split was read once and `repeat` is not set.
-          UserError: the split is empty or a file cannot be read.
+          UserError: the split gives no examples.
         """
         try:
             tensors = next(self._iterator)
         except StopIteration:
             if self._started:
                 raise
-            raise UserError(_nothing_to_read(self.config)) from None
-        except Exception as error:
-            if found := _USER_ERROR_INSIDE.search(str(error)):
-                raise UserError(found[1]) from None
-            raise
+            config = self.config
+            raise UserError(
+                f"Split {config.split!r} of {config.mixture_or_task_name!r} gives no examples."
+            ) from None
         self._started = True
         return {key: self._array(key, tensor.numpy()) for key, tensor in sorted(tensors.items())}
 
@@ -151,8 +146,15 @@ class BatchIterator:
         Raises:
           UserError: the configuration or the vocabulary was another one, or the state is damaged.
         """
-        iterator_state.restore(self._iterator, state, self._description())
+        # TensorFlow cannot move an iterator back to before its first element.
+        iterator = self._new_iterator() if self._started else self._iterator
+        iterator_state.restore(iterator, state, self._description())
+        self._iterator = iterator
         self._started = True
+
+    def _new_iterator(self) -> Iterator[Any]:
+        rows = _dataset(self.config, self._provider, self._repeat, *self._shard)
+        return iter(rows.batch(self._rows).prefetch(2))
 
     def _array(self, key: str, values: np.ndarray) -> np.ndarray:
         missing = self._rows - len(values)
@@ -267,14 +269,3 @@ def _fingerprint(vocabulary: seqio.Vocabulary) -> str:
     if model is None:
         return f"{type(vocabulary).__name__}, {vocabulary.vocab_size} entries"
     return hashlib.sha256(model).hexdigest()
-
-
-def _nothing_to_read(config: DataConfig) -> str:
-    name = config.mixture_or_task_name
-    hint = ""
-    if any(task.name == name and task.validation_pattern is None for task in tasks.configured_text_tasks()):
-        hint = (
-            " One document in twenty is held out for validation: with few documents, set "
-            "text_task.validation_pattern."
-        )
-    return f"Split {config.split!r} of {name!r} is empty.{hint}"

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from switch_t5.data import documents
 from switch_t5.data.tensorflow_runtime import seqio, tf, tfds
@@ -15,14 +14,20 @@ from switch_t5.errors import UserError
 
 _SPLITS = ("train", "validation")
 
+# While documents are read, they are in memory twice.
+_MEMORY_SHARE = 0.4
+
 
 class TextFilesSource(seqio.DataSource):
     """Documents from text files: one a `.txt` file, one a line of `.jsonl` or `.jsonl.gz`.
 
     Unless the validation documents have files of their own, one document in twenty is held out for them (see
-    `documents.is_held_out`). Elements are `{"text": string}`. The files are looked for when a dataset is
-    asked for, so a task may be registered before its files exist. Everything is read by stateless operations,
-    so that an iterator over the dataset can be saved and restored.
+    `documents.is_held_out`). Elements are `{"text": string}`.
+
+    The documents are read into memory when a dataset is asked for: a task may be registered before its files
+    exist, and a damaged file is told of before training begins. (No Python function could read them inside
+    tf.data: when an iterator is destroyed, TensorFlow waits for calls under way without releasing the
+    interpreter's lock, which a Python function needs, and the process hangs.)
     """
 
     def __init__(self, pattern: str, validation_pattern: str | None = None, field: str = "text") -> None:
@@ -49,8 +54,9 @@ class TextFilesSource(seqio.DataSource):
         Raises:
           UserError: see `documents.find_files`.
         """
-        own_files = split == "validation" and self.validation_pattern is not None
-        return documents.find_files(self.validation_pattern if own_files else self.pattern)
+        if split == "validation" and self.validation_pattern is not None:
+            return documents.find_files(self.validation_pattern)
+        return documents.find_files(self.pattern)
 
     def get_dataset(
         self,
@@ -60,23 +66,30 @@ class TextFilesSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: object,
     ) -> tf.data.Dataset:
-        """Returns the documents of a split.
+        """Returns the documents of a split, with `shuffle` in an order drawn anew each epoch.
 
-        With `shuffle` their files come in an order drawn anew each epoch.
+        Raises:
+          UserError: the split is empty, a file cannot be read, or the text is too much for the memory.
         """
         del unused
         files = list(self.list_shards(split))
         if shard_info:
             files = files[shard_info.index :: shard_info.num_shards]
-        dataset = tf.data.Dataset.from_tensor_slices(files)
+        _check_memory(files, self.pattern)
+        held_out_split = split if self.validation_pattern is None else None
+        texts = list(documents.iterate_documents(files, field=self.field, split=held_out_split))
+        if not texts:
+            raise UserError(
+                f"{self.pattern!r} has no document for the {split} split: one document in "
+                f"{documents.HELD_OUT_ONE_IN} is held out for validation, by a hash of its text; with few "
+                "documents, set text_task.validation_pattern."
+            )
+        text = tf.constant([text.encode() for text in texts])
+        # The order is drawn over numbers, so that a saved iterator holds no texts.
+        numbers = tf.data.Dataset.range(len(texts))
         if shuffle:
-            dataset = dataset.shuffle(len(files), seed=seed)
-        read = _text_files if files[0].endswith(".txt") else _json_lines
-        dataset = read(dataset, self.field)
-        if self.validation_pattern is None:
-            want_held_out = split == "validation"
-            dataset = dataset.filter(lambda _, held_out: tf.equal(held_out, want_held_out))
-        return dataset.map(lambda text, _: {"text": text})
+            numbers = numbers.shuffle(len(texts), seed=seed)
+        return numbers.map(lambda number: {"text": text[number]})
 
 
 class EmbeddedCorpusSource(TextFilesSource):
@@ -143,41 +156,11 @@ class PreparedTfdsSource(seqio.TfdsDataSource):
         return super().list_shards(split)
 
 
-def _text_files(files: tf.data.Dataset, field: str) -> tf.data.Dataset:
-    """Reads files to (text, whether it is held out)."""
-    del field
-
-    def read(path: bytes) -> tuple[np.ndarray, np.bool_]:
-        name = path.decode()
-        return _document(documents.parse_document(documents.read_bytes(name), name))
-
-    return files.map(lambda path: _python_function(read, path), num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _json_lines(files: tf.data.Dataset, field: str) -> tf.data.Dataset:
-    """Reads the lines of 16 files at a time to (text, whether it is held out)."""
-
-    def lines_of(path: tf.Tensor) -> tf.data.Dataset:
-        compression = tf.where(tf.strings.regex_full_match(path, r".*\.gz"), "GZIP", "")
-        lines = tf.data.TextLineDataset(path, compression_type=compression).enumerate(start=1)
-        lines = lines.filter(lambda _, line: tf.strings.length(tf.strings.strip(line)) > 0)
-        return lines.map(lambda number, line: (path, number, line))
-
-    def read(path: bytes, number: np.int64, line: bytes) -> tuple[np.ndarray, np.bool_]:
-        return _document(documents.parse_json_line(line, path.decode(), int(number), field))
-
-    lines = files.interleave(lines_of, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE)
-    return lines.map(lambda *line: _python_function(read, *line), num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _document(text: str) -> tuple[np.ndarray, np.bool_]:
-    # As an object: a NumPy array of bytes would drop the NUL characters at its end.
-    return np.array(text.encode(), dtype=object), np.bool_(documents.is_held_out(text))
-
-
-def _python_function(function: object, *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    # Stateless, or an iterator over the dataset could not be saved.
-    text, held_out = tf.numpy_function(function, inputs, (tf.string, tf.bool), stateful=False)
-    text.set_shape([])
-    held_out.set_shape([])
-    return text, held_out
+def _check_memory(files: Sequence[str], pattern: str) -> None:
+    size = sum(documents.text_size(file) for file in files)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > _MEMORY_SHARE * memory:
+        raise UserError(
+            f"{pattern!r} is about {size / 1e9:.0f} GB of text, too much for this machine's {memory / 1e9:.0f} "
+            "GB of memory: make a TFDS dataset of it, or name fewer files."
+        )

@@ -28,12 +28,13 @@ C4_TASKS = {
 
 # mC4's 101 languages, six of them a second time in Latin script.
 MC4_DATASET = "c4/multilingual:3.0.1"
-MC4_LANGUAGES = tuple(
+_MC4_CODES = (
     "af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga gd "
     "gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb lo lt "
     "lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so sq sr st su "
-    "sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu".split()  # noqa: SIM905
+    "sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu"
 )
+MC4_LANGUAGES = tuple(_MC4_CODES.split())
 
 _TASK_NAME = re.compile(r"[\w.:#]+")
 

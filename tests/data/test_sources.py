@@ -83,13 +83,35 @@ def test_shards_share_no_file(corpus: Path) -> None:
     assert len(set().union(*parts)) == 80
 
 
-def test_a_wrong_line_met_while_reading_is_one_sentence(tmp_path: Path) -> None:
+def test_a_wrong_line_is_told_of_before_reading_begins(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"texts": "two"}\n')
     source = TextFilesSource(str(tmp_path), validation_pattern=str(tmp_path))
     with pytest.raises(
-        tf.errors.OpError, match=r"UserError: .*a\.jsonl:2 lacks the field 'text'; it has 'texts'"
+        UserError, match=r"a\.jsonl:2 lacks the field 'text'; it has 'texts'\. Did you mean 'texts'\?"
     ):
-        texts(source, "train")
+        source.get_dataset("train")
+
+
+def test_a_split_without_documents_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("document 0")
+    with pytest.raises(UserError) as error:
+        TextFilesSource(str(tmp_path)).get_dataset("validation")
+    assert str(error.value) == (
+        f"'{tmp_path}' has no document for the validation split: one document in 20 is held out for validation, by "
+        "a hash of its text; with few documents, set text_task.validation_pattern."
+    )
+
+
+def test_text_beyond_the_memory_is_one_sentence(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4_000_000}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    monkeypatch.setattr(documents, "text_size", lambda path: 10**9)
+    with pytest.raises(UserError) as error:
+        TextFilesSource(str(corpus)).get_dataset("train")
+    assert str(error.value) == (
+        f"'{corpus}' is about 80 GB of text, too much for this machine's 16 GB of memory: make a TFDS dataset of it, "
+        "or name fewer files."
+    )
 
 
 def test_the_embedded_corpus_splits_by_document() -> None:

@@ -1,0 +1,111 @@
+"""A run that dies at any moment, and is started again, does exactly what it would have done."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from switch_t5.checkpoint.manager import Checkpointer
+from tests.integration.conftest import Program
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end."""
+    model_dir = tmp_path_factory.mktemp("runs") / "whole"
+    program.run("train", model_dir)
+    return model_dir
+
+
+def _entries(model_dir: Path) -> list[dict]:
+    path = model_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _logged_steps(model_dir: Path) -> int:
+    path = model_dir / "metrics.jsonl"
+    return path.read_bytes().count(b'"learning_rate"') if path.exists() else 0
+
+
+def _assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    with Checkpointer(one, read_only=True) as first, Checkpointer(other, read_only=True) as second:
+        assert first.latest_step() == second.latest_step() == STEPS
+        left, right = first.restore_numpy(), second.restore_numpy()
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.tobytes() == right[name].tobytes(), name
+
+
+def test_each_step_is_logged_once_and_evaluations_carry_their_task(uninterrupted: Path) -> None:
+    entries = _entries(uninterrupted)
+    assert [entry["step"] for entry in entries if "task" not in entry] == list(range(1, STEPS + 1))
+    assert [entry["step"] for entry in entries if "task" in entry] == [0, 10, 20, 30, 40, 50, 60]
+    assert {entry["task"] for entry in entries if "task" in entry} == {"tiny_texts"}
+
+
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one_bitwise(
+    program: Program, uninterrupted: Path, tmp_path: Path
+) -> None:
+    model_dir, random = tmp_path / "killed", np.random.default_rng()
+    moments = sorted(random.choice(np.arange(1, STEPS - 5), 2, replace=False))
+    for moment in moments:
+        process = program.start("train", model_dir)
+        while _logged_steps(model_dir) < moment and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        # A run may be quicker than the kill; that it failed by itself would be another matter.
+        assert process.returncode in (-signal.SIGKILL, 0), f"moments {moments}: {errors}"
+    program.run("train", model_dir)
+    _assert_same_run(uninterrupted, model_dir)
+
+
+def test_sigterm_saves_says_how_to_go_on_and_changes_nothing(
+    program: Program, uninterrupted: Path, tmp_path: Path
+) -> None:
+    model_dir = tmp_path / "stopped"
+    process = program.start("train", model_dir)
+    while _logged_steps(model_dir) < 4 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    assert "the same command goes on from there" in errors
+    assert _entries(model_dir)[-1]["step"] < STEPS
+    program.run("train", model_dir)
+    _assert_same_run(uninterrupted, model_dir)
+
+
+def test_a_finished_run_is_left_as_it_is(program: Program, uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = program.run("train", uninterrupted)
+    assert "is trained to step 60 already" in done.stderr
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_incompatible_restart_is_refused_with_the_difference(program: Program, uninterrupted: Path) -> None:
+    before = (uninterrupted / "config.gin").read_bytes()
+    done = program.run("train", uninterrupted, "--gin.MoEConfig.num_experts=8", code=2)
+    assert "MoEConfig.num_experts was 4 and is now 8" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (uninterrupted / "config.gin").read_bytes() == before
+
+
+def test_a_trained_run_is_evaluated_and_fills_blanks(program: Program, uninterrupted: Path, tmp_path: Path) -> None:
+    report = tmp_path / "eval.json"
+    program.run("eval", uninterrupted, f"--json={report}")
+    result = json.loads(report.read_text())
+    last = [entry for entry in _entries(uninterrupted) if "task" in entry][-1]
+    assert (result["step"], result["loss"]) == (STEPS, last["loss"])
+    assert result["unigram_loss"] > 0
+    done = program.run("infer", uninterrupted, "--text=abcd ___ efgh", "--json=-")
+    assert json.loads(done.stdout)[0]["input"] == "abcd<extra_id_0>efgh"
