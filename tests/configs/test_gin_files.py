@@ -1,0 +1,217 @@
+"""Every gin file loads, builds its model by shapes alone, and amounts to what its golden says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from switch_t5.cli.build import ROOTS, Run, RunSpec
+from switch_t5.cli.config_files import packaged_configs
+from switch_t5.cli.configuration import Configuration
+from switch_t5.errors import UserError
+from switch_t5.model.config import TransformerConfig
+from switch_t5.model.functional import Model
+
+Load = Callable[..., Configuration]
+
+CONFIGS = packaged_configs()
+MODEL_DIR = "MODEL_DIR=/tmp/model"
+PRETRAIN = (MODEL_DIR, "VOCABULARY_PATH=cc_all.32000.100extra/sentencepiece.model")
+RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "pretrain": (("models/switch_base_e8.gin",), PRETRAIN),
+    "quickstart": ((), (MODEL_DIR,)),
+}
+"""For each file of configs/runs the files that go before it, and what it leaves to the user."""
+USED = (*ROOTS, "RuntimeConfig")
+EXPERTS = (8, 16, 32, 64, 128, 256)
+
+
+@pytest.fixture
+def mesh_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a run see a single device, for files that ask for more devices than a test has."""
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+
+
+def parameter_table(model: Model) -> str:
+    """A line a parameter, in the tree's order: its path, shape and logical axes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model.abstract_params)
+    lines = ["parameter\tshape\taxes"]
+    for path, leaf in leaves:
+        axes: Any = model.axes
+        for key in path:
+            axes = axes[key.key]
+        assert leaf.dtype == "float32"
+        names = ",".join(axis or "-" for axis in axes)
+        lines.append(f"{'/'.join(key.key for key in path)}\t{','.join(map(str, leaf.shape))}\t{names}")
+    return "\n".join(lines) + "\n"
+
+
+def differing_parameters(one: Configuration, other: Configuration) -> set[str]:
+    """The parameters in which two configurations differ."""
+    return {sentence.split()[0] for sentence in one.difference(other.resolved(ROOTS))}
+
+
+def test_every_model_file_resolves_to_its_golden_configuration(model_name, load, goldens):
+    resolved = load(f"models/{model_name}.gin").resolved(["TransformerConfig"])
+    goldens.check(f"models/{model_name}.gin", resolved)
+
+
+def test_every_model_file_builds_the_parameters_of_its_golden_table(model_name, model, goldens):
+    goldens.check(f"models/{model_name}.tsv", parameter_table(model(model_name)))
+
+
+def test_every_run_file_resolves_to_its_golden_configuration(load: Load, goldens):
+    assert sorted(RUNS) == sorted(path.stem for path in (CONFIGS / "runs").glob("*.gin"))
+    for name, (before, bindings) in RUNS.items():
+        configuration = load(*before, f"runs/{name}.gin", bindings=bindings)
+        goldens.check(f"runs/{name}.gin", configuration.resolved(USED))
+
+
+def test_the_quickstart_builds_the_parameters_of_its_golden_table(load: Load, goldens):
+    config = load("runs/quickstart.gin", bindings=(MODEL_DIR,)).get("TransformerConfig")
+    goldens.check("runs/quickstart.tsv", parameter_table(Model(config)))
+
+
+def test_every_golden_belongs_to_a_gin_file(goldens):
+    gin_files = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.gin")]
+    known = {f"{path.as_posix()}{suffix}" for path in gin_files for suffix in (".gin", ".tsv")}
+    orphans = goldens.names() - known
+    if goldens.regenerate:
+        for name in orphans:
+            (goldens.folder / name).unlink()
+    else:
+        assert not orphans
+
+
+def test_a_stale_golden_fails_with_the_difference_and_the_command_that_renews_it(goldens, tmp_path: Path):
+    make = type(goldens)
+    make(tmp_path, regenerate=True).check("a.gin", "one = 1\ntwo = 2\n")
+    make(tmp_path, regenerate=False).check("a.gin", "one = 1\ntwo = 2\n")
+    with pytest.raises(pytest.fail.Exception) as failure:
+        make(tmp_path, regenerate=False).check("a.gin", "one = 1\ntwo = 3\n")
+    message = str(failure.value)
+    assert "-two = 2\n+two = 3" in message
+    assert "one = 1" not in message
+    assert "python -m pytest tests/configs --regenerate-goldens" in message
+
+
+def test_a_model_file_holds_numbers_alone_and_fits_a_screen(model_name):
+    text = (CONFIGS / "models" / f"{model_name}.gin").read_text()
+    lines = text.splitlines()
+    heads = {line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith("#")}
+    macros = {line.split(" = ")[0] for line in lines if " = " in line and line[0] not in "# "}
+    is_sparse = "switch" in model_name
+    assert text.startswith("# ")
+    assert "Numbers: " in text
+    assert len(lines) <= 45
+    assert not any(line.startswith(("include", "import")) for line in lines)
+    assert heads == ({"TransformerConfig", "MoEConfig"} if is_sparse else {"TransformerConfig"})
+    assert macros == ({"NUM_EXPERTS"} if is_sparse else set())
+
+
+def test_every_model_trains_with_the_pretraining_file_in_either_order(model_name, load: Load):
+    files = (f"models/{model_name}.gin", "runs/pretrain.gin")
+    configuration, turned = (load(*order, bindings=PRETRAIN) for order in (files, files[::-1]))
+    configuration.check_flags_have_effect(USED)
+    assert configuration.resolved(USED) == turned.resolved(USED)
+    spec = RunSpec.read(configuration)
+    assert spec.transformer.dropout_rate == 0
+    assert spec.data.task_feature_lengths == {"inputs": 512, "targets": 114}
+    assert spec.data.batch_size * 512 == 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("t5_large", (1, 8)),
+        ("t5_1_1_xxl", (1, 4)),
+        ("switch_large_e128", (8, 1)),
+        ("paper_switch_xxl", (2, 2)),
+        ("switch_c_e2048", (8, 1)),
+    ],
+)
+def test_a_pretraining_state_is_laid_out_on_a_mesh_of_eight(name: str, mesh: tuple[int, int], load: Load):
+    bindings = (f"NUM_EXPERT_PARTITIONS={mesh[0]}", f"NUM_MODEL_PARTITIONS={mesh[1]}")
+    configuration = load(f"models/{name}.gin", "runs/pretrain.gin", bindings=(*PRETRAIN, *bindings))
+    run = Run(RunSpec.read(configuration))
+    assert dict(run.mesh.shape) == {"data": 8 // mesh[0] // mesh[1], "expert": mesh[0], "model": mesh[1]}
+    leaves = jax.tree.leaves(run.abstract_state.params)
+    largest = max(leaves, key=lambda leaf: leaf.size)
+    assert largest.sharding.shard_shape(largest.shape) != largest.shape
+
+
+def test_pretraining_uses_the_papers_rate_and_losses(load: Load):
+    configuration = load("models/switch_base_e8.gin", "runs/pretrain.gin", bindings=PRETRAIN)
+    spec = RunSpec.read(configuration)
+    rate = spec.train.optimizer.learning_rate
+    assert spec.train.train_steps == 550_000
+    assert spec.train.optimizer.name == "adafactor"
+    assert [float(rate(step)) for step in (0, 10_000, 40_000)] == pytest.approx([0.01, 0.01, 0.005])
+    assert (spec.loss.z_loss, spec.loss.load_balance_loss_weight) == (1e-4, 1e-2)
+
+
+@pytest.mark.parametrize("missing", ["MODEL_DIR", "VOCABULARY_PATH"])
+def test_pretraining_asks_for_what_only_the_user_knows(missing: str, load: Load):
+    bindings = tuple(binding for binding in PRETRAIN if not binding.startswith(missing))
+    with pytest.raises(UserError, match=f"--gin.{missing}=VALUE"):
+        load("models/t5_small.gin", "runs/pretrain.gin", bindings=bindings)
+
+
+def test_an_experts_flag_reaches_a_sparse_model(load: Load):
+    flags = ("NUM_EXPERTS=4", "EXPERT_DROPOUT_RATE=0.4", "DROPOUT_RATE=0.1")
+    configuration = load("models/switch_base_e8.gin", "runs/pretrain.gin", bindings=(*PRETRAIN, *flags))
+    configuration.check_flags_have_effect(USED)
+    config: TransformerConfig = configuration.get("TransformerConfig")
+    assert config.moe is not None
+    assert (config.moe.num_experts, config.moe.expert_dropout_rate, config.dropout_rate) == (4, 0.4, 0.1)
+
+
+@pytest.mark.parametrize("flag", ["NUM_EXPERTS=4", "EXPERT_DROPOUT_RATE=0.4"])
+def test_an_experts_flag_is_refused_for_a_dense_model(flag: str, load: Load):
+    with pytest.raises(UserError, match=flag):
+        load("models/t5_base.gin", "runs/pretrain.gin", bindings=(*PRETRAIN, flag)).check_flags_have_effect(USED)
+
+
+@pytest.mark.parametrize("experts", EXPERTS[1:])
+def test_the_released_base_models_differ_in_their_experts_alone(experts: int, load: Load):
+    one, other = load(f"models/switch_base_e{experts}.gin"), load("models/switch_base_e8.gin")
+    assert differing_parameters(one, other) == {"MoEConfig.num_experts"}
+
+
+def test_the_papers_shapes_differ_from_the_released_ones_where_they_are_known_to(load: Load):
+    router = {"MoEConfig.capacity_rounding", "MoEConfig.jitter_noise"}
+    feed_forward = {"TransformerConfig.mlp_dim", "TransformerConfig.mlp_activations"}
+    for released, paper, expected in (
+        ("switch_base_e128", "paper_switch_base", router | feed_forward),
+        ("switch_large_e128", "paper_switch_large", router | feed_forward),
+        ("switch_xxl_e128", "paper_switch_xxl", router),
+        ("switch_c_e2048", "paper_switch_c", router | {"TransformerConfig.num_heads"}),
+    ):
+        found = differing_parameters(load(f"models/{released}.gin"), load(f"models/{paper}.gin"))
+        assert found == expected, paper
+
+
+def test_mt5_differs_from_t5_1_1_in_its_vocabulary_alone(load: Load):
+    for size in ("small", "base", "large", "xl", "xxl"):
+        one, other = load(f"models/mt5_{size}.gin"), load(f"models/t5_1_1_{size}.gin")
+        assert differing_parameters(one, other) == {"TransformerConfig.vocab_size"}
+
+
+def test_deep_models_are_scanned_and_the_largest_recompute_activations(model_name, transformer):
+    config: TransformerConfig = transformer(model_name)
+    assert config.scan_layers == (config.num_encoder_layers > 12)
+    assert config.remat == model_name.endswith(("_xl", "_xxl", "_xxl_e128", "_c", "_c_e2048"))
+
+
+def test_every_stack_of_a_sparse_model_alternates_or_is_wholly_sparse(transformer):
+    for name, pattern in (("switch_base_e8", (False, True)), ("switch_xxl_e128", (False, True))):
+        config = transformer(name)
+        assert config.encoder_pattern == config.decoder_pattern
+        assert config.encoder_pattern == pattern * (config.num_encoder_layers // 2)
+    assert transformer("switch_c_e2048").encoder_pattern == (True,) * 15
+    assert not any(itertools.chain(transformer("t5_base").encoder_pattern, transformer("t5_base").decoder_pattern))
