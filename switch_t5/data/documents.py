@@ -35,6 +35,14 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
+def describe(texts: Sequence[str]) -> str:
+    """Returns the number of documents and a short hash of them all, in their order."""
+    digest = hashlib.blake2b(digest_size=4)
+    for text in texts:
+        digest.update(hashlib.blake2b(text.encode()).digest())
+    return f"{len(texts)} documents, hash {digest.hexdigest()}"
+
+
 def find_files(pattern: str) -> list[str]:
     """Returns the sorted text files of a folder (with its subfolders), of a glob, or the one file named.
 

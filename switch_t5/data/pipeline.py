@@ -163,11 +163,11 @@ class BatchIterator:
         return values.astype(np.float32 if key == "decoder_loss_weights" else np.int32)
 
     def _description(self) -> dict[str, Any]:
-        """All that decides which batches come; the vocabulary by its content, not its path."""
+        """All that decides which batches come; text and vocabulary by their content, not their paths."""
         description = dataclasses.asdict(self.config) | {"vocabulary": _fingerprint(self.vocabulary)}
         del description["vocabulary_path"]
-        description |= {"repeat": self._repeat, "shard": list(self._shard)}
-        return description
+        text = tasks.describe_text(self._provider, self.config.split)
+        return description | {"text": text, "repeat": self._repeat, "shard": list(self._shard)}
 
 
 def evaluation_batches(config: DataConfig, num_batches: int | None = None) -> Iterator[Batch]:

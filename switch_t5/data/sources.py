@@ -41,7 +41,12 @@ class TextFilesSource(seqio.DataSource):
         self.pattern = pattern
         self.validation_pattern = validation_pattern
         self.field = field
+        self._read: dict[str, str] = {}
         super().__init__(splits=_SPLITS)
+
+    def description(self, split: str) -> str | None:
+        """Says what text a split had when it was last read, by count and hash; None if it was not read yet."""
+        return self._read.get(split)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -84,6 +89,7 @@ class TextFilesSource(seqio.DataSource):
                 f"{documents.HELD_OUT_ONE_IN} is held out for validation, by a hash of its text; with few "
                 "documents, set text_task.validation_pattern."
             )
+        self._read[split] = documents.describe(texts)
         text = tf.constant([text.encode() for text in texts])
         # The order is drawn over numbers, so that a saved iterator holds no texts.
         numbers = tf.data.Dataset.range(len(texts))

@@ -135,3 +135,13 @@ def get_mixture_or_task(
     from switch_t5.data import seqio_tasks
 
     return seqio_tasks.with_vocabulary(seqio_tasks.registered(name), vocabulary_path, extra_ids)
+
+
+def describe_text(provider: seqio.Task | seqio.Mixture, split: str) -> list[str]:
+    """Describes the text files that a task or mixture has read; what comes from elsewhere is left out."""
+    from switch_t5.data.sources import TextFilesSource
+    from switch_t5.data.tensorflow_runtime import seqio
+
+    sources = [task.source for task in seqio.get_subtasks(provider)]
+    descriptions = [source.description(split) for source in sources if isinstance(source, TextFilesSource)]
+    return [description for description in descriptions if description]

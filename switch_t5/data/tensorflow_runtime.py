@@ -19,6 +19,8 @@ _NATIVE_LOG_LINE = re.compile(
     rb"[IWE]\d{4} |WARNING: All log messages before absl|To enable the following instructions"
 )
 
+_CHATTY_PACKAGES = re.compile(r"[/\\](seqio|tensorflow_datasets)[/\\]")
+
 
 @contextlib.contextmanager
 def _native_log_dropped() -> Iterator[None]:
@@ -46,8 +48,6 @@ def _native_log_dropped() -> Iterator[None]:
                     os.write(2, line)
 
 
-_CHATTY = re.compile(r"[/\\](seqio|tensorflow_datasets)[/\\]")
-
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # oneDNN announces itself, and plays no part in reading data.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -64,6 +64,6 @@ with _native_log_dropped():
 tf.get_logger().setLevel("ERROR")
 # Both warn of what is deliberate here, and log what they then raise. The logger is shared with others, hence
 # a filter.
-logging.getLogger("absl").addFilter(lambda record: not _CHATTY.search(record.pathname))
+logging.getLogger("absl").addFilter(lambda record: not _CHATTY_PACKAGES.search(record.pathname))
 
 __all__ = ["seqio", "tf", "tfds"]

@@ -52,7 +52,9 @@ class Goldens:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return
-        how = f"If the change is meant, `python -m pytest tests/configs {REGENERATE}` writes the goldens anew."
+        how = (
+            f"If the change is meant, `python -m pytest tests/configs {REGENERATE}` writes the goldens anew."
+        )
         if not path.is_file():
             pytest.fail(f"There is no golden {name}. {how}", pytrace=False)
         stored = path.read_text(encoding="utf-8").splitlines()
@@ -60,7 +62,9 @@ class Goldens:
         if lines:
             shown = list(itertools.islice(lines, MOST_LINES))
             rest = [f"and {len(lines) - len(shown)} more lines"] if len(lines) > len(shown) else []
-            pytest.fail("\n".join([f"{name} is not what its golden says. {how}", *shown, *rest]), pytrace=False)
+            pytest.fail(
+                "\n".join([f"{name} is not what its golden says. {how}", *shown, *rest]), pytrace=False
+            )
 
     def names(self) -> set[str]:
         """All goldens, relative to the folder."""
@@ -72,7 +76,7 @@ class Goldens:
 def goldens(request: pytest.FixtureRequest) -> Goldens:
     """The goldens of the gin files."""
     # The flag is known only where pytest was started on this folder.
-    return Goldens(GOLDENS, regenerate=request.config.getoption(REGENERATE, default=False))
+    return Goldens(GOLDENS, regenerate=bool(request.config.getoption(REGENERATE, default=False)))
 
 
 @pytest.fixture(scope="session")

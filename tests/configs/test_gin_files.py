@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from switch_t5.cli.build import ROOTS, Run, RunSpec
@@ -29,12 +29,6 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """For each file of configs/runs the files that go before it, and what it leaves to the user."""
 USED = (*ROOTS, "RuntimeConfig")
 EXPERTS = (8, 16, 32, 64, 128, 256)
-
-
-@pytest.fixture
-def mesh_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a run see a single device, for files that ask for more devices than a test has."""
-    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
 
 
 def parameter_table(model: Model) -> str:
@@ -151,7 +145,8 @@ def test_pretraining_uses_the_papers_rate_and_losses(load: Load):
     rate = spec.train.optimizer.learning_rate
     assert spec.train.train_steps == 550_000
     assert spec.train.optimizer.name == "adafactor"
-    assert [float(rate(step)) for step in (0, 10_000, 40_000)] == pytest.approx([0.01, 0.01, 0.005])
+    rates = np.asarray([rate(step) for step in (0, 10_000, 40_000)])
+    np.testing.assert_allclose(rates, [0.01, 0.01, 0.005], rtol=1e-6)
     assert (spec.loss.z_loss, spec.loss.load_balance_loss_weight) == (1e-4, 1e-2)
 
 
@@ -173,8 +168,9 @@ def test_an_experts_flag_reaches_a_sparse_model(load: Load):
 
 @pytest.mark.parametrize("flag", ["NUM_EXPERTS=4", "EXPERT_DROPOUT_RATE=0.4"])
 def test_an_experts_flag_is_refused_for_a_dense_model(flag: str, load: Load):
+    files = ("models/t5_base.gin", "runs/pretrain.gin")
     with pytest.raises(UserError, match=flag):
-        load("models/t5_base.gin", "runs/pretrain.gin", bindings=(*PRETRAIN, flag)).check_flags_have_effect(USED)
+        load(*files, bindings=(*PRETRAIN, flag)).check_flags_have_effect(USED)
 
 
 @pytest.mark.parametrize("experts", EXPERTS[1:])
@@ -214,4 +210,5 @@ def test_every_stack_of_a_sparse_model_alternates_or_is_wholly_sparse(transforme
         assert config.encoder_pattern == config.decoder_pattern
         assert config.encoder_pattern == pattern * (config.num_encoder_layers // 2)
     assert transformer("switch_c_e2048").encoder_pattern == (True,) * 15
-    assert not any(itertools.chain(transformer("t5_base").encoder_pattern, transformer("t5_base").decoder_pattern))
+    dense = transformer("t5_base")
+    assert dense.encoder_pattern == dense.decoder_pattern == (False,) * 12

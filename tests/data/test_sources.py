@@ -1,5 +1,8 @@
 """The seqio sources."""
 
+# TensorFlow's stubs are partial, and seqio's hide what it returns.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 import gzip

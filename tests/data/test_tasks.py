@@ -1,5 +1,8 @@
 """Tasks: their names, the vocabulary they get, and tasks made from text files."""
 
+# TensorFlow's stubs are partial, and seqio's hide what it returns.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import subprocess
