@@ -129,7 +129,7 @@ class Run:
             for name, (shape, dtype) in batch_shapes(self.spec.data).items()
         }
 
-    def compile_train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    def compile_train_step(self) -> jax.stages.Compiled:
         """The training step, compiled; it takes over its state's buffers."""
         spec = self.spec
         step = functools.partial(

@@ -33,7 +33,8 @@ class TransformerConfig:
       relpos_num_buckets: buckets of the relative position bias.
       relpos_max_distance: distances from here on share the last bucket.
       dtype: of activations and matrix multiplications; parameters are float32.
-      initialization: ``paper`` (truncated normal of scale 0.1) or ``t5x`` (as the released models).
+      initialization: ``paper`` (truncated normal of scale 0.1), ``t5x`` or ``t5x_switch`` (as the released dense
+        and Switch models), see :mod:`switch_t5.layers.initializers`.
       scan_layers: compile one period of the layer pattern and scan it over the depth.
       remat: recompute a block's activations in the backward pass.
       moe: the sparse layers; None for a dense model.
@@ -122,8 +123,9 @@ def sparse_layers(layout: LayerLayout, num_layers: int) -> tuple[bool, ...]:
     """Tells which of ``num_layers`` blocks are sparse.
 
     Args:
-      layout: ``k``: the last of every k blocks (1 for all of them, 2 for every other, as in the paper); ``"none"``; ``"first:n"`` or
-        ``"last:n"``: the n blocks nearest the input or the output; or the indices of the sparse blocks.
+      layout: ``k``: the last of every k blocks (1 for all of them, 2 for every other, as in the paper);
+        ``"none"``; ``"first:n"`` or ``"last:n"``: the n blocks nearest the input or the output; or the indices
+        of the sparse blocks.
       num_layers: blocks in the stack.
 
     Raises:

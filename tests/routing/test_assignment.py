@@ -1,0 +1,119 @@
+"""Top-1 assignment against hand-written tables, a loop over tokens, and what must hold of any input."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switch_t5.routing import assignment as routing
+
+top_1 = jax.jit(routing.top_1, static_argnums=1)
+
+
+def assign_in_a_loop(probs: np.ndarray, capacity: int, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Switch routing as one would do it by hand."""
+    groups, tokens, experts = probs.shape
+    expert = np.full((groups, tokens), experts)
+    slot = np.full((groups, tokens), experts * capacity)
+    token = np.full((groups, experts * capacity), tokens)
+    weight = np.zeros((groups, tokens), probs.dtype)
+    for g in range(groups):
+        used = [0] * experts
+        for s in range(tokens):
+            if not mask[g, s]:
+                continue
+            best = max(range(experts), key=lambda e: (probs[g, s, e], -e))
+            expert[g, s], weight[g, s] = best, probs[g, s, best]
+            if used[best] < capacity:
+                slot[g, s] = best * capacity + used[best]
+                token[g, slot[g, s]] = s
+                used[best] += 1
+    return {"expert": expert, "slot": slot, "token": token, "weight": weight}
+
+
+def one_hot_probs(choices: list[int], experts: int) -> jax.Array:
+    """``[1, S, E]``: 0.5 more for the choice."""
+    return (0.5 * jax.nn.one_hot(jnp.asarray([choices]), experts) + 0.5 / experts).astype(jnp.float32)
+
+
+def test_slots_are_given_in_the_tokens_order_until_the_expert_is_full() -> None:
+    assignment = top_1(one_hot_probs([1, 0, 1, 1, 2], 3), 2, jnp.ones((1, 5), bool))
+    np.testing.assert_array_equal(assignment.expert, [[1, 0, 1, 1, 2]])
+    # Expert e has the slots 2e and 2e + 1; the third token for expert 1 finds none.
+    np.testing.assert_array_equal(assignment.slot, [[2, 0, 3, 6, 4]])
+    np.testing.assert_array_equal(assignment.token, [[1, 5, 0, 2, 4, 5]])
+    np.testing.assert_array_equal(assignment.kept, [[True, True, True, False, True]])
+
+
+def test_padding_takes_no_slot_and_has_no_expert_and_no_weight() -> None:
+    mask = jnp.asarray([[False, True, False, True, True]])
+    assignment = top_1(one_hot_probs([1, 0, 1, 1, 1], 3), 2, mask)
+    np.testing.assert_array_equal(assignment.expert, [[3, 0, 3, 1, 1]])
+    np.testing.assert_array_equal(assignment.slot, [[6, 0, 6, 2, 3]])
+    np.testing.assert_array_equal(assignment.token, [[1, 5, 3, 4, 5, 5]])
+    np.testing.assert_array_equal(np.asarray(assignment.weight) > 0, mask)
+
+
+def test_ties_go_to_the_expert_of_lower_index() -> None:
+    probs = jnp.asarray([[[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.1, 0.4]]])
+    np.testing.assert_array_equal(top_1(probs, 2, jnp.ones((1, 2), bool)).expert, [[0, 1]])
+
+
+def test_the_weight_of_a_dropped_token_is_still_its_probability() -> None:
+    probs = jnp.asarray([[[0.75, 0.25], [0.625, 0.375]]])
+    assignment = top_1(probs, 1, jnp.ones((1, 2), bool))
+    np.testing.assert_array_equal(assignment.weight, [[0.75, 0.625]])
+    np.testing.assert_array_equal(assignment.kept, [[True, False]])
+
+
+def test_the_weights_gradient_reaches_the_chosen_probability_alone() -> None:
+    probs = jnp.asarray([[[0.4, 0.4, 0.2], [0.1, 0.2, 0.7], [0.5, 0.3, 0.2]]])
+    mask = jnp.asarray([[True, True, False]])
+    gradient = jax.grad(lambda p: jnp.sum(top_1(p, 2, mask).weight))(probs)
+    np.testing.assert_array_equal(gradient, [[[1, 0, 0], [0, 0, 1], [0, 0, 0]]])
+
+
+def test_groups_do_not_compete_for_slots() -> None:
+    probs = jnp.concatenate([one_hot_probs([0, 0], 2), one_hot_probs([0, 1], 2)])
+    assignment = top_1(probs, 1, jnp.ones((2, 2), bool))
+    np.testing.assert_array_equal(assignment.slot, [[0, 2], [0, 1]])
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 40])
+def test_assignment_equals_the_loop_over_tokens(capacity: int) -> None:
+    random = np.random.default_rng(capacity)
+    # Few distinct values, so that ties abound.
+    probs = (random.integers(1, 5, (3, 40, 6)) / 8).astype(np.float32)
+    mask = random.random((3, 40)) < 0.8
+    mask[2] = False
+    assignment = top_1(jnp.asarray(probs), capacity, jnp.asarray(mask))
+    for name, expected in assign_in_a_loop(probs, capacity, mask).items():
+        np.testing.assert_array_equal(getattr(assignment, name), expected, err_msg=name)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    choices=st.lists(st.integers(0, 3), min_size=7, max_size=7),
+    real=st.lists(st.booleans(), min_size=7, max_size=7),
+    capacity=st.sampled_from([1, 2, 5]),
+)
+def test_slots_and_tokens_are_one_to_one_and_no_expert_exceeds_its_capacity(
+    choices: list[int], real: list[bool], capacity: int
+) -> None:
+    experts, tokens = 4, 7
+    assignment = top_1(one_hot_probs(choices, experts), capacity, jnp.asarray([real]))
+    slot, token = np.asarray(assignment.slot)[0], np.asarray(assignment.token)[0]
+    kept = np.flatnonzero(slot < experts * capacity)
+    np.testing.assert_array_equal(token[slot[kept]], kept)
+    taken = np.flatnonzero(token < tokens)
+    np.testing.assert_array_equal(slot[token[taken]], taken)
+    assert len(taken) == len(kept)
+    for expert in range(experts):
+        wanted = [s for s in range(tokens) if real[s] and choices[s] == expert]
+        # The first come are served, in their order, from the expert's first slot on.
+        served = [t for t in token[expert * capacity : (expert + 1) * capacity] if t < tokens]
+        assert served == wanted[:capacity]
