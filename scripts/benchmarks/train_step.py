@@ -155,6 +155,7 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
     products, floor = _floor(experts)
     times = _times({"step": run_step, "floor": lambda: jax.block_until_ready(floor(products))}, repeats)
     memory = compiled.memory_analysis()
+    assert memory is not None
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "system": "switch_t5",

@@ -15,22 +15,32 @@ uniform over ``fan_avg``.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
 
 from switch_t5.types import Array
 
 Initialization = Literal["paper", "t5x", "t5x_switch"]
 Kind = Literal["query", "attention", "mlp", "expert", "router", "logits", "embedding", "relpos"]
 
+
+class Initializer(Protocol):
+    """Draws a weight."""
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        """Returns an array of ``shape`` and ``dtype``."""
+        ...
+
+
 SMALL_SCALE = 0.1
 """The scale that table 3 recommends for sparse models."""
 
 
-def initializer(kind: Kind, convention: Initialization, *, fan_in: int, fan_out: int = 1, head_dim: int = 1) -> Initializer:
+def initializer(
+    kind: Kind, convention: Initialization, *, fan_in: int, fan_out: int = 1, head_dim: int = 1
+) -> Initializer:
     """Returns the function ``(key, shape, dtype) -> array`` for one kind of weight.
 
     Args:
@@ -59,7 +69,7 @@ def initializer(kind: Kind, convention: Initialization, *, fan_in: int, fan_out:
 
 
 def _truncated(sigma: float) -> Initializer:
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return sigma * jax.random.truncated_normal(key, -2, 2, shape, dtype)
 
     return init

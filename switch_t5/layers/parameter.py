@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import Initializer
 
+from switch_t5.layers.initializers import Initializer
 from switch_t5.types import Axes
 
 

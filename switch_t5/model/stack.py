@@ -80,9 +80,8 @@ class Stack(nnx.Module):
           ``[batch, length, embed]``, and statistics with a leading axis over sparse layers (None if there
           are none).
         """
-        rngs = split_rng(rng, self.num_layers)
         if self.period == self.num_layers:
-            return self.blocks(x, inputs, rngs, self.config.remat)
+            return self.blocks(x, inputs, split_rng(rng, self.num_layers), self.config.remat)
         repeats = self.num_layers // self.period
         graph, params = nnx.split(self.blocks)
 
@@ -91,7 +90,7 @@ class Stack(nnx.Module):
             rngs = [None if keys is None else keys[index] for index in range(self.period)]
             return nnx.merge(graph, layer_params)(x, inputs, rngs, self.config.remat)
 
-        keys = None if rng is None else jnp.stack(rngs).reshape(repeats, self.period)
+        keys = None if rng is None else jax.random.split(rng, self.num_layers).reshape(repeats, self.period)
         x, stats = jax.lax.scan(body, x, (params, keys))
         return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
 

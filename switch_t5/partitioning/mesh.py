@@ -39,7 +39,10 @@ class MeshConfig:
                 raise ConfigError(f"MeshConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (jax hides that it is a class)
+) -> Mesh:
     """Arranges the devices as ``Mesh('data', 'expert', 'model')``.
 
     Raises:

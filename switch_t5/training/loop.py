@@ -115,7 +115,7 @@ class Recorder:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Records a training step."""
-        values = {**scalars(metrics), "learning_rate": float(self.learning_rate(step - 1))}
+        values = {**scalars(metrics), "learning_rate": float(np.asarray(self.learning_rate(step - 1)))}
         self.metrics.write(step, values)
         speed = self.speedometer.tokens_per_second(step)
         self.tensorboard.scalars(step, {**values, **({"tokens_per_second": speed} if speed else {})}, "train")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from switch_t5.errors import ConfigError
+from switch_t5.types import Array
 
 
 def rsqrt_decay(
@@ -32,7 +34,7 @@ def rsqrt_decay(
     check_number("rsqrt_decay.warmup_steps", warmup_steps, at_least=1, integer=True)
     check_flag("rsqrt_decay.linear_warmup", linear_warmup)
 
-    def schedule(step):
+    def schedule(step: ArrayLike) -> Array:
         steps = jnp.asarray(step, jnp.float32)
         rate = base_learning_rate / jnp.sqrt(jnp.maximum(steps, warmup_steps))
         return rate * jnp.minimum(1.0, steps / warmup_steps) if linear_warmup else rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def train_step(
         grads, metrics = accumulate(gradient, state.params, batch, rng, microbatches)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast("Params", optax.apply_updates(state.params, updates))
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

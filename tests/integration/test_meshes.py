@@ -64,6 +64,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_and_only_all_to_a
         assert experts.sharding.shard_shape(experts.shape)[0] == 8 // mesh.num_expert_partitions
         step_fn = run.compile_train_step()
         program = step_fn.as_text()
+        assert program is not None
         # To the experts and back, forward and backward, in each of two sparse layers; nothing is gathered.
         assert program.count(" all-to-all(") == (8 if mesh.num_expert_partitions > 1 else 0), name
         assert " all-gather(" not in program, name

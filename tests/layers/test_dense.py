@@ -1,0 +1,76 @@
+"""Feed-forwards against their formula in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from switch_t5.layers.dense import FeedForward
+
+HIDDEN_AXES = ("batch", "length", "mlp")
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """T5's, the approximation by a hyperbolic tangent."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+NUMPY = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": gelu,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "linear": lambda x: x,
+}
+
+
+def expected_output(layer: FeedForward, x: np.ndarray) -> np.ndarray:
+    kernels = {name: np.asarray(kernel[...], np.float64) for name, kernel in vars(layer).items() if name[0] == "w"}
+    hidden = 1.0
+    for name, activation in zip(sorted(kernels.keys() - {"wo"}), layer.activations, strict=True):
+        hidden = hidden * NUMPY[activation](x @ kernels[name])
+    return hidden @ kernels["wo"]
+
+
+@pytest.mark.parametrize("activations", [("relu",), ("gelu", "linear"), ("silu", "linear")])
+def test_a_feed_forward_equals_its_float64_formula(activations: tuple[str, ...]) -> None:
+    layer = FeedForward(6, 10, activations, "t5x", rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 3, 6))
+    result = layer(jnp.asarray(x, jnp.float32), hidden_axes=HIDDEN_AXES, dropout_rate=0.5, rng=None)
+    np.testing.assert_allclose(result, expected_output(layer, x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gated_feed_forward_has_two_input_matrices_and_a_plain_one_has_one() -> None:
+    plain = FeedForward(2, 3, ("relu",), "t5x", rngs=nnx.Rngs(0))
+    gated = FeedForward(2, 3, ("gelu", "linear"), "t5x", rngs=nnx.Rngs(0))
+    assert {name for name in vars(plain) if name[0] == "w"} == {"wi", "wo"}
+    assert {name for name in vars(gated) if name[0] == "w"} == {"wi_0", "wi_1", "wo"}
+
+
+def test_each_expert_multiplies_by_its_own_matrices() -> None:
+    layer = FeedForward(6, 10, ("gelu", "linear"), "t5x", num_experts=3, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(3, 5, 6))
+    axes = ("expert", "expert_batch", "expert_mlp")
+    result = layer(jnp.asarray(x, jnp.float32), hidden_axes=axes, dropout_rate=0, rng=None)
+    np.testing.assert_allclose(result, expected_output(layer, x), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_acts_on_the_hidden_activation_and_is_shared_along_the_length() -> None:
+    layer = FeedForward(4, 4, ("linear",), "t5x", rngs=nnx.Rngs(0))
+    layer.wi[...], layer.wo[...] = jnp.eye(4), jnp.eye(4)
+    x = jnp.ones((8, 3, 4))
+    result = np.asarray(layer(x, hidden_axes=HIDDEN_AXES, dropout_rate=0.5, rng=jax.random.key(0)))
+    np.testing.assert_array_equal(np.unique(result), [0.0, 2.0])
+    np.testing.assert_array_equal(result, np.broadcast_to(result[:, :1], result.shape))
+
+
+def test_a_bfloat16_input_is_multiplied_in_bfloat16_by_float32_parameters() -> None:
+    layer = FeedForward(4, 8, ("relu",), "t5x", rngs=nnx.Rngs(0))
+    assert layer.wi[...].dtype == jnp.float32
+    x = jnp.ones((1, 2, 4), jnp.bfloat16)
+    result = layer(x, hidden_axes=HIDDEN_AXES, dropout_rate=0, rng=None)
+    assert result.dtype == jnp.bfloat16
+    rounded = jax.nn.relu(x @ layer.wi[...].astype(jnp.bfloat16)) @ layer.wo[...].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(result, rounded)

@@ -1,0 +1,46 @@
+"""What dropout zeroes, and what it shares."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switch_t5.layers.dropout import dropout, split_rng
+
+
+def test_dropout_is_the_identity_without_a_key_and_at_rate_zero() -> None:
+    x = jnp.arange(6.0).reshape(1, 2, 3)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_dropout_draws_once_for_all_positions_of_a_sequence() -> None:
+    result = np.asarray(dropout(jnp.ones((4, 5, 64)), 0.25, jax.random.key(0)))
+    np.testing.assert_array_equal(result, np.broadcast_to(result[:, :1], result.shape))
+    np.testing.assert_array_equal(np.unique(result), np.asarray([0, 1 / 0.75], np.float32))
+    # Sequences and features draw on their own.
+    assert (result[0] != result[1]).any()
+    assert (result[0, 0] != result[0, 0, 0]).any()
+
+
+def test_dropout_draws_each_entry_where_nothing_is_shared() -> None:
+    result = np.asarray(dropout(jnp.ones((2, 64, 8)), 0.5, jax.random.key(1), broadcast_dim=None))
+    assert (result != result[:, :1]).any()
+
+
+def test_dropout_keeps_the_mean_and_drops_at_its_rate() -> None:
+    result = np.asarray(dropout(jnp.ones((400, 1, 500)), 0.1, jax.random.key(2)))
+    # The standard error of the share dropped is below 0.001.
+    np.testing.assert_allclose((result == 0).mean(), 0.1, atol=0.004)
+    np.testing.assert_allclose(result.mean(), 1.0, atol=0.004)
+
+
+def test_dropout_keeps_the_dtype() -> None:
+    assert dropout(jnp.ones((1, 2, 3), jnp.bfloat16), 0.5, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+def test_splitting_no_key_gives_no_keys_and_splitting_one_gives_distinct_ones() -> None:
+    assert split_rng(None, 3) == [None, None, None]
+    keys = split_rng(jax.random.key(0), 3)
+    assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys if key is not None}) == 3
