@@ -8,11 +8,11 @@ python=$(find_python)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" -m venv "$folder/venv"
-pip_install "$folder/venv" "$CHECKOUT[dev]"
+pip_install "$folder/venv" --editable "$CHECKOUT[dev]"
 lock="$CHECKOUT/requirements/py$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])').txt"
 {
   printf '# Versions that scripts/ install; written by scripts/lock.sh.\n'
-  "$folder/venv/bin/python" -m pip freeze --exclude switch-t5
+  "$folder/venv/bin/python" -m pip freeze --exclude-editable
 } >"$lock.new"
 mv "$lock.new" "$lock"
 printf '%s\n' "Wrote $lock."

@@ -1,0 +1,69 @@
+"""Devices to meshes, and the sentences for those that cannot be."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from switch_t5.errors import ConfigError
+from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
+
+pytestmark = pytest.mark.multidevice
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "shards"),
+    [
+        (MeshConfig(), (8, 1, 1), 8),
+        (MeshConfig(num_expert_partitions=8), (1, 8, 1), 8),
+        (MeshConfig(num_model_partitions=8), (1, 1, 8), 1),
+        (MeshConfig(num_expert_partitions=2, num_model_partitions=2), (2, 2, 2), 4),
+        (MeshConfig(num_expert_partitions=2, num_devices=2), (1, 2, 1), 2),
+        (MeshConfig(num_devices=1), (1, 1, 1), 1),
+    ],
+)
+def test_what_experts_and_model_leave_is_data_parallel(
+    config: MeshConfig, shape: tuple[int, int, int], shards: int
+) -> None:
+    mesh = make_mesh(config)
+    assert dict(mesh.shape) == dict(zip(("data", "expert", "model"), shape, strict=True))
+    assert batch_shards(mesh) == shards
+    assert len(set(mesh.devices.flat)) == mesh.size
+
+
+def test_a_mesh_takes_the_first_devices() -> None:
+    mesh = make_mesh(MeshConfig(num_devices=4))
+    assert set(mesh.devices.flat) == set(jax.devices()[:4])
+
+
+@pytest.mark.parametrize(
+    ("config", "parameter", "part"),
+    [
+        (MeshConfig(num_devices=9), "MeshConfig.num_devices", "must be from 1 to 8, the devices here, got 9."),
+        (MeshConfig(num_devices=0), "MeshConfig.num_devices", "must be from 1 to 8, the devices here, got 0."),
+        (
+            MeshConfig(num_expert_partitions=8, num_model_partitions=2),
+            "MeshConfig.num_expert_partitions",
+            "8 x 2 = 16 partitions, more than the 8 device(s) here",
+        ),
+        (
+            MeshConfig(num_expert_partitions=3, num_model_partitions=2),
+            "MeshConfig.num_expert_partitions",
+            "3 x 2 = 6 partitions, which do not divide 8 devices; the nearest product that does is 4.",
+        ),
+    ],
+)
+def test_a_mesh_that_the_devices_cannot_make_is_refused_by_name(
+    config: MeshConfig, parameter: str, part: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(config)
+    assert caught.value.parameter == parameter
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["num_expert_partitions", "num_model_partitions"])
+def test_partitions_are_at_least_one(field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        MeshConfig(**{field: 0})
+    assert str(caught.value) == f"MeshConfig.{field} must be at least 1, got 0."

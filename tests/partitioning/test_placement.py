@@ -1,0 +1,66 @@
+"""Trees and batches onto a mesh."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from switch_t5.errors import ConfigError
+from switch_t5.layers.moe import MoEConfig
+from switch_t5.model.config import TransformerConfig
+from switch_t5.model.functional import Model
+from switch_t5.partitioning.mesh import MeshConfig, make_mesh
+from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
+
+pytestmark = pytest.mark.multidevice
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    """Two devices along each axis."""
+    return make_mesh(MeshConfig(num_expert_partitions=2, num_model_partitions=2))
+
+
+def test_a_batch_is_split_by_sequences_over_data_and_expert(mesh: Mesh) -> None:
+    batch = {"tokens": np.arange(40).reshape(8, 5), "weights": np.ones((8, 5), np.float32)}
+    placed = place_batch(batch, mesh)
+    for name, value in batch.items():
+        assert placed[name].sharding == batch_sharding(mesh)
+        assert placed[name].sharding.shard_shape(value.shape) == (2, 5)
+        np.testing.assert_array_equal(placed[name], value)
+
+
+def small_model(num_heads: int = 4) -> Model:
+    return Model(
+        TransformerConfig(
+            vocab_size=16,
+            emb_dim=8,
+            num_heads=num_heads,
+            head_dim=4,
+            mlp_dim=16,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            moe=MoEConfig(4),
+        )
+    )
+
+
+def test_a_models_parameters_have_their_shardings(mesh: Mesh) -> None:
+    model = small_model()
+    shardings = tree_shardings(mesh, model.abstract_params, model.axes)
+    sparse = shardings["encoder"]["stack"]["blocks"]["layers_1"]
+    assert shardings["embedding"]["table"].spec == PartitionSpec("model", None)
+    assert sparse["mlp"]["experts"]["wi"].spec == PartitionSpec("expert", None, "model")
+    assert sparse["mlp"]["experts"]["wo"].spec == PartitionSpec("expert", "model", None)
+    assert sparse["mlp"]["router"].spec == PartitionSpec(None, None)
+    assert sparse["self_attention"]["out"].spec == PartitionSpec("model", None, None)
+    assert sparse["mlp_norm"]["scale"].spec == PartitionSpec(None)
+    assert jax.tree.structure(shardings) == jax.tree.structure(model.abstract_params)
+
+
+def test_an_error_names_the_parameter_by_its_path(mesh: Mesh) -> None:
+    model = small_model(num_heads=3)
+    with pytest.raises(ConfigError, match="^decoder/relative_position/embedding has 'heads' of size 3, which 2"):
+        tree_shardings(mesh, model.abstract_params, model.axes)
