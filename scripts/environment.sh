@@ -18,36 +18,36 @@ sys.exit("other version") if not (3, 11) <= sys.version_info[:2] < (3, 13) else 
   return 2
 }
 
-# Prints what an environment's content follows from: Python, what is asked for, and the lock.
-_fingerprint() { # PYTHON LOCK WHAT
-  "$1" -VV
-  printf '%s %s\n' "$CHECKOUT" "$3"
-  cat "$2" "$CHECKOUT/pyproject.toml" "$CHECKOUT/setup.py"
+# Prints a digest of all that an environment follows from: Python, the pinned versions and what is asked for.
+_digest() { # PYTHON LOCK EXTRAS
+  { "$1" -VV && printf '%s %s\n' "$CHECKOUT" "$3" && cat "$2" "$CHECKOUT/pyproject.toml" "$CHECKOUT/setup.py"; } |
+    "$1" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
-# Makes the environment FOLDER with the package, editable, and its EXTRAS (such as "[dev]"), or reuses it as it is
-# when nothing that it follows from has changed.
+# Makes the environment FOLDER with the package, editable, and its EXTRAS (such as "[dev]"), or reuses it where
+# nothing that it follows from has changed.
 make_environment() { # FOLDER [EXTRAS]
-  local folder=$1 what=".${2:-}" python version lock stamp
+  local folder=$1 extras=${2:-} mark=$1/.made-by-switch-t5 python lock digest
   python=$(find_python) || return
-  version=$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
-  lock="$CHECKOUT/requirements/py$version.txt"
-  if [[ -e $folder && ! -e $folder/.made-by-switch-t5 ]]; then
-    printf '%s\n' "${0##*/}: $folder is there and is not an environment of this script; move it away." >&2
+  lock=$CHECKOUT/requirements/$("$python" -c 'import sys; print("py%d%d.txt" % sys.version_info[:2])')
+  digest=$(_digest "$python" "$lock" "$extras")
+  if [[ -e $folder && ! -e $mark ]]; then
+    printf '%s\n' "${0##*/}: $folder was not made by this script; move it away, and run this again." >&2
     return 2
   fi
-  stamp=$(_fingerprint "$python" "$lock" "$what")
-  if [[ -e $folder/.made-by-switch-t5 && $(<"$folder/.made-by-switch-t5") == "$stamp" ]] && "$folder/bin/python" -c ''; then
+  if [[ -e $mark && $(<"$mark") == "$digest" ]] && "$folder/bin/python" -c ''; then
     return
   fi
-  printf '%s\n' "Installing what requirements/py$version.txt pins into $folder; the first time takes a few minutes." >&2
-  mkdir -p "$folder"
-  : >"$folder/.made-by-switch-t5"
-  # --clear empties the folder; until the mark is back and whole, the environment counts as unfinished.
-  "$python" -m venv --clear "$folder"
-  : >"$folder/.made-by-switch-t5"
-  pip_install "$folder" --constraint "$lock" --editable "$CHECKOUT${2:-}"
-  printf '%s\n' "$stamp" >"$folder/.made-by-switch-t5"
+  printf '%s\n' "Installing the versions of requirements/${lock##*/} into $folder; the first time takes a few minutes." >&2
+  if [[ -e $folder ]]; then
+    mv "$folder" "$folder.old.$$"
+    rm -rf "$folder.old.$$"
+  fi
+  mkdir "$folder"
+  : >"$mark"
+  "$python" -m venv "$folder"
+  pip_install "$folder" --constraint "$lock" --editable "$CHECKOUT$extras"
+  printf '%s\n' "$digest" >"$mark"  # Last: an interrupted installation is begun anew.
 }
 
 # Runs `pip install` in an environment so that nothing is compiled: wheels only, but for `promise`, which

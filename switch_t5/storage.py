@@ -39,9 +39,7 @@ def writable_directory(path: str | os.PathLike[str], name: str = "MODEL_DIR") ->
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(
-            f"{name} {directory} cannot be written ({error.strerror}): name a folder that can."
-        ) from error
+        raise UserError(f"{name} {directory} cannot be written ({error.strerror}): name a folder that can.") from error
     return directory
 
 

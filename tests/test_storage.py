@@ -21,9 +21,7 @@ def test_a_directory_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
         writable_directory(tmp_path / "file")
-    assert str(caught.value) == (
-        f"MODEL_DIR {tmp_path}/file cannot be written (File exists): name a folder that can."
-    )
+    assert str(caught.value) == (f"MODEL_DIR {tmp_path}/file cannot be written (File exists): name a folder that can.")
 
 
 def test_a_directory_under_a_file_is_named(tmp_path):
@@ -48,9 +46,7 @@ def test_a_device_without_room_is_the_users_to_mend():
 def test_a_lack_of_permission_is_the_users_to_mend(number):
     with pytest.raises(UserError) as caught, storage_errors("Writing x"):
         raise OSError(number, os.strerror(number))
-    assert str(caught.value) == (
-        f"Writing x failed ({os.strerror(number)}): name a folder that can be written."
-    )
+    assert str(caught.value) == (f"Writing x failed ({os.strerror(number)}): name a folder that can be written.")
 
 
 def test_the_error_number_inside_a_tensorstore_text_counts():

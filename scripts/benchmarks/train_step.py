@@ -3,8 +3,8 @@
     python scripts/benchmarks/train_step.py --json=train_step.json
     python scripts/benchmarks/train_step.py --experts=0,8 --peers
 
-Each row runs in a process of its own, which times the step (forward, backward, Adafactor) and the floor in turn, so that
-a noisy machine troubles both alike. The floor is one program of all the matrix multiplications that the step
+Each row runs in a process of its own, which times the step (forward, backward, Adafactor) and the floor in turn, so
+that a noisy machine troubles both alike. The floor is one program of all the matrix multiplications that the step
 contains, forward and both of each one's derivatives, on arrays of the same shapes and batching, and nothing else.
 ``--peers`` times Hugging Face's model of the same sizes with its Adafactor, where transformers and torch are
 installed (``--peer_python`` names an interpreter that has them), alternating with this project's rows.
@@ -125,7 +125,9 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
     from switch_t5.training.state import TrainState
     from switch_t5.training.step import train_step
 
-    moe = experts and MoEConfig(num_experts=experts, group_size=BATCH * ENCODER_LENGTH, train_capacity_factor=CAPACITY_FACTOR)
+    moe = experts and MoEConfig(
+        num_experts=experts, group_size=BATCH * ENCODER_LENGTH, train_capacity_factor=CAPACITY_FACTOR
+    )
     config = TransformerConfig(
         vocab_size=VOCAB,
         emb_dim=EMB,
@@ -183,7 +185,7 @@ def _batch(random: Any) -> dict[str, Any]:
 
 
 def matrix_products(experts: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Every matrix multiplication of the forward pass: an einsum and the shapes of activation and weight (or activation)."""
+    """Every matrix multiplication of the forward pass: an einsum and the shapes of its two factors."""
     from switch_t5.routing.capacity import expert_capacity
 
     heads = (BATCH, HEADS)

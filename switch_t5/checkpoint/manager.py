@@ -132,9 +132,7 @@ class Checkpointer:
         """The step of the newest whole checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def save(
-        self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None = None
-    ) -> bool:
+    def save(self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts saving a checkpoint; waits only for the save before it.
 
         The state's buffers may be donated as soon as this returns.
@@ -171,8 +169,7 @@ class Checkpointer:
         if best is not None and metrics is not None and best not in metrics:
             raise ConfigError(
                 "CheckpointConfig.keep_best",
-                f"names {best!r}, which is not among the metrics ({', '.join(metrics)})."
-                f"{closest(best, metrics)}",
+                f"names {best!r}, which is not among the metrics ({', '.join(metrics)}).{closest(best, metrics)}",
             )
         return True
 
@@ -360,9 +357,7 @@ class Checkpointer:
             else f"the checkpoint of step {latest} is whole, and the same command goes on from it"
         )
         try:
-            with storage_errors(
-                f"Saving the checkpoint of step {self._saving} in {self._directory}", consequence
-            ):
+            with storage_errors(f"Saving the checkpoint of step {self._saving} in {self._directory}", consequence):
                 yield
         except Exception:
             if jax.process_index() == 0:

@@ -23,8 +23,8 @@ from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
 from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
 from switch_t5.partitioning.rules import partitioned
 from switch_t5.routing.capacity import sequences_per_group
-from switch_t5.training.losses import LossConfig
 from switch_t5.training.loop import TrainConfig
+from switch_t5.training.losses import LossConfig
 from switch_t5.training.optimizers import state_axes
 from switch_t5.training.state import TrainState
 from switch_t5.training.step import eval_step, train_step
@@ -173,7 +173,7 @@ def batch_shapes(data: DataConfig) -> dict[str, tuple[tuple[int, int], str]]:
         shape = (data.batch_size, data.task_feature_lengths[feature])
         names = ["encoder_input_tokens"] if stack == "encoder" else ["decoder_input_tokens", "decoder_target_tokens"]
         names += [f"{stack}_segment_ids", f"{stack}_positions"] if data.pack else []
-        shapes |= {name: (shape, "int32") for name in names}
+        shapes |= dict.fromkeys(names, (shape, "int32"))
     return shapes | {"decoder_loss_weights": (shapes["decoder_input_tokens"][0], "float32")}
 
 
@@ -214,4 +214,3 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
 
 def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
-

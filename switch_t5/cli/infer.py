@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own flags."""
-    parser.add_argument("--text", action="append", metavar="TEXT", help="a text with ___ for what is missing; repeatable")
+    parser.add_argument(
+        "--text", action="append", metavar="TEXT", help="a text with ___ for what is missing; repeatable"
+    )
     parser.add_argument("--count", type=int, default=3, help="held-out examples to fill in where there is no --text")
     parser.add_argument("--checkpoint", metavar="PATH", help="one checkpoint; by default MODEL_DIR's latest")
     add_json_flag(parser)

@@ -103,9 +103,7 @@ def _run(words: list[str]) -> int:
 
 def _answer_without_command(flag: str) -> NoReturn:
     """Answers ``--help`` and ``--version``, which need no command, and exits; refuses other flags."""
-    parser = _Parser(
-        prog="switch-t5", description="Switch Transformers in JAX.", usage="switch-t5 COMMAND ..."
-    )
+    parser = _Parser(prog="switch-t5", description="Switch Transformers in JAX.", usage="switch-t5 COMMAND ...")
     parser.add_argument("--version", action="version", version=f"switch-t5 {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -127,7 +127,8 @@ def check_vocabulary(run: Run, batches: BatchIterator) -> None:
     if size > rows:
         raise ConfigError(
             "TransformerConfig.vocab_size",
-            f"is {rows}, smaller than the vocabulary's {size} entries; {-(-size // 128) * 128} is the next multiple of 128.",
+            f"is {rows}, smaller than the vocabulary's {size} entries; {-(-size // 128) * 128} is the next "
+            "multiple of 128.",
         )
 
 
@@ -161,7 +162,7 @@ def _banner(run: Run, first_step: int) -> None:
     device = jax.devices()[0]
     mesh = " x ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
     lines = (
-        f"devices     {run.mesh.size} of {jax.device_count()} {device.device_kind} ({device.platform}), jax {jax.__version__}",
+        f"devices     {run.mesh.size} of {jax.device_count()} {device.device_kind}, jax {jax.__version__}",
         f"mesh        {mesh}",
         f"parameters  {total:,} in all, {active:,} for one token",
         f"batch       {spec.data.batch_size} x ({lengths['inputs']} + {lengths['targets']}) = {tokens:,} tokens a step",

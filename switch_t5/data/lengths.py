@@ -38,9 +38,7 @@ def corrupted_lengths(
     """Returns what `raw` tokens of text become."""
     noise = round(raw * noise_density)
     spans = round(noise / mean_noise_span_length)
-    return SpanCorruptionLengths(
-        raw=raw, inputs=raw - noise + spans + 1, targets=noise + spans + 1, spans=spans
-    )
+    return SpanCorruptionLengths(raw=raw, inputs=raw - noise + spans + 1, targets=noise + spans + 1, spans=spans)
 
 
 def span_corruption_lengths(

@@ -82,9 +82,7 @@ class BatchIterator:
       vocabulary: the seqio vocabulary of the tokens.
     """
 
-    def __init__(
-        self, config: DataConfig, *, repeat: bool, shard_index: int = 0, num_shards: int = 1
-    ) -> None:
+    def __init__(self, config: DataConfig, *, repeat: bool, shard_index: int = 0, num_shards: int = 1) -> None:
         """Builds the pipeline; reading begins with the first batch.
 
         Args:
@@ -128,9 +126,7 @@ class BatchIterator:
             if self._started:
                 raise
             config = self.config
-            raise UserError(
-                f"Split {config.split!r} of {config.mixture_or_task_name!r} gives no examples."
-            ) from None
+            raise UserError(f"Split {config.split!r} of {config.mixture_or_task_name!r} gives no examples.") from None
         self._started = True
         return {key: self._array(key, tensor.numpy()) for key, tensor in sorted(tensors.items())}
 
@@ -225,9 +221,7 @@ def get_vocabulary(config: DataConfig) -> seqio.Vocabulary:
 
 
 def _provider(config: DataConfig) -> seqio.Task | seqio.Mixture:
-    provider = tasks.get_mixture_or_task(
-        config.mixture_or_task_name, config.vocabulary_path, config.extra_ids
-    )
+    provider = tasks.get_mixture_or_task(config.mixture_or_task_name, config.vocabulary_path, config.extra_ids)
     if missing := [key for key in _FEATURES if key not in provider.output_features]:
         raise ConfigError(
             "DataConfig.mixture_or_task_name",

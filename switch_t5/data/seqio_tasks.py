@@ -47,9 +47,7 @@ def with_vocabulary(
       UserError: the vocabulary cannot be used, is needed and missing, or given to a task that has its own.
     """
     vocabularies = [
-        feature.vocabulary
-        for task in seqio.get_subtasks(provider)
-        for feature in task.output_features.values()
+        feature.vocabulary for task in seqio.get_subtasks(provider) for feature in task.output_features.values()
     ]
     stand_ins = [v for v in vocabularies if isinstance(v, ConfiguredVocabulary)]
     if not stand_ins:
@@ -78,8 +76,7 @@ def _copy(provider: seqio.Task | seqio.Mixture, vocabulary: seqio.Vocabulary) ->
         }
         return provider.replace(output_features=features)
     rates = [
-        (_copy(seqio.get_mixture_or_task(name), vocabulary), rate)
-        for name, rate in provider.rate_per_task_name.items()
+        (_copy(seqio.get_mixture_or_task(name), vocabulary), rate) for name, rate in provider.rate_per_task_name.items()
     ]
     return seqio.Mixture(provider.name, rates, sample_fn=provider._sample_fn)
 
@@ -114,9 +111,7 @@ def _add(
         name,
         source=source,
         preprocessors=[
-            _untransformed(
-                functools.partial(seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"})
-            ),
+            _untransformed(functools.partial(seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"})),
             _untransformed(_tokenize),
             seqio.CacheDatasetPlaceholder(),
             _untransformed(functools.partial(span_corruption, merge_documents=merge_documents)),

@@ -129,9 +129,7 @@ class PreparedTfdsSource(seqio.TfdsDataSource):
         """
         name = str(self.tfds_dataset.name)
         folders: Iterable[object] = (
-            [self.tfds_dataset.data_dir]
-            if self.tfds_dataset.data_dir
-            else tfds.core.utils.file_utils.list_data_dirs()
+            [self.tfds_dataset.data_dir] if self.tfds_dataset.data_dir else tfds.core.utils.file_utils.list_data_dirs()
         )
         places = [f"{folder}/{name.replace(':', '/')}" for folder in folders]
         if not any(tf.io.gfile.exists(f"{place}/dataset_info.json") for place in places):

@@ -82,9 +82,7 @@ def text_task(
       UserError: the name is malformed or stands for another task.
     """
     if not _TASK_NAME.fullmatch(name):
-        raise UserError(
-            f"{name!r} cannot be a task's name: use letters, digits and the signs _ . : # without spaces."
-        )
+        raise UserError(f"{name!r} cannot be a task's name: use letters, digits and the signs _ . : # without spaces.")
     task = TextTask(name, pattern, validation_pattern, field, merge_documents)
     if name in task_names() and _text_tasks.get(name) != task:
         raise UserError(f"There is already another task called {name!r}: give text_task.name a new one.")

@@ -161,9 +161,7 @@ def _read_pieces(path: str) -> list[str]:
     from sentencepiece import sentencepiece_model_pb2
 
     if path.startswith(("http://", "https://")):
-        raise UserError(
-            f"Vocabulary {path} is on the web: download it and give the file's path (or gs://...)."
-        )
+        raise UserError(f"Vocabulary {path} is on the web: download it and give the file's path (or gs://...).")
     try:
         serialized = epath.Path(path).read_bytes()
     except OSError as error:

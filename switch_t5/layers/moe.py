@@ -90,9 +90,7 @@ class SwitchFeedForward(nnx.Module):
         init = initializer("router", convention, fan_in=emb_dim)
         # Every device routes its own tokens over all experts, so the router is whole everywhere.
         self.router = parameter(rngs, init, (emb_dim, config.num_experts), ("embed", None))
-        self.experts = FeedForward(
-            emb_dim, mlp_dim, activations, convention, num_experts=config.num_experts, rngs=rngs
-        )
+        self.experts = FeedForward(emb_dim, mlp_dim, activations, convention, num_experts=config.num_experts, rngs=rngs)
 
     def __call__(
         self, x: Array, mask: Array, *, sequences: int, train: bool, rng: Array | None

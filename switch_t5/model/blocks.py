@@ -82,9 +82,7 @@ class Block(nnx.Module):
         if self.decoder:
             assert inputs.encoded is not None and inputs.cross_mask is not None
             y = self.cross_attention_norm(x)
-            y = self.cross_attention(
-                y, inputs.encoded, inputs.cross_mask, None, dropout_rate=rate, rng=cross_rng
-            )
+            y = self.cross_attention(y, inputs.encoded, inputs.cross_mask, None, dropout_rate=rate, rng=cross_rng)
             x = constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES)
 
         y, stats = self._feed_forward(self.mlp_norm(x), inputs, mlp_rng)

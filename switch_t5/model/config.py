@@ -91,7 +91,8 @@ class TransformerConfig:
         if self.relpos_max_distance <= self.relpos_num_buckets // 2:
             raise ConfigError(
                 "TransformerConfig.relpos_max_distance",
-                f"must be above relpos_num_buckets / 2 = {self.relpos_num_buckets // 2}, got {self.relpos_max_distance}.",
+                f"must be above half of relpos_num_buckets, {self.relpos_num_buckets // 2}, got "
+                f"{self.relpos_max_distance}.",
             )
         _ = self.encoder_pattern, self.decoder_pattern
 

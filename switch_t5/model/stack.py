@@ -52,9 +52,7 @@ def _apply(
 class Stack(nnx.Module):
     """All blocks of an encoder or decoder, in ``blocks``."""
 
-    def __init__(
-        self, config: TransformerConfig, pattern: tuple[bool, ...], *, decoder: bool, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TransformerConfig, pattern: tuple[bool, ...], *, decoder: bool, rngs: nnx.Rngs) -> None:
         self.config = config
         self.num_layers = len(pattern)
         self.period = shortest_period(pattern) if config.scan_layers else len(pattern)

@@ -58,9 +58,7 @@ class Coder(nnx.Module):
         self.stack = Stack(config, pattern, decoder=decoder, rngs=rngs)
         self.norm = RMSNorm(config.emb_dim, rngs=rngs)
 
-    def __call__(
-        self, x: Array, inputs: BlockInputs, rng: Array | None
-    ) -> tuple[Array, RouterStats | None]:
+    def __call__(self, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
         """``[batch, length, embed]`` to the same; the inputs come without ``positions``."""
         rate = self.config.dropout_rate
         input_rng, stack_rng, output_rng = split_rng(rng, 3)
@@ -130,9 +128,7 @@ class SwitchTransformer(nnx.Module):
           ``[batch, length, embed]`` float32, to be multiplied by :meth:`output_kernel`, and the statistics.
         """
         self_mask = mask_bias(mask, mask, query_segments=segments, key_segments=segments, causal=True)
-        cross_mask = mask_bias(
-            mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments
-        )
+        cross_mask = mask_bias(mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments)
         inputs = BlockInputs(mask, self_mask, None, encoded, cross_mask, self._sequences(encoder_tokens), train)
         x, stats = self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
         # Tied logits are divided by sqrt(embed): here, where the array is small, and in float32.

@@ -52,7 +52,9 @@ def make_mesh(
     devices = list(devices if devices is not None else jax.devices())
     wanted = config.num_devices if config.num_devices is not None else len(devices)
     if not 1 <= wanted <= len(devices):
-        raise ConfigError("MeshConfig.num_devices", f"must be from 1 to {len(devices)}, the devices here, got {wanted}.")
+        raise ConfigError(
+            "MeshConfig.num_devices", f"must be from 1 to {len(devices)}, the devices here, got {wanted}."
+        )
     devices = devices[:wanted]
     partitions = config.num_expert_partitions * config.num_model_partitions
     if partitions > wanted:

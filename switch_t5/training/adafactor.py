@@ -86,13 +86,9 @@ class AdafactorOptions:
         check_number("adafactor.clipping_threshold", self.clipping_threshold, above=0, optional=True)
         check_flag("adafactor.multiply_by_parameter_scale", self.multiply_by_parameter_scale)
         check_number("adafactor.beta1", self.beta1, at_least=0, below=1, optional=True)
-        check_number(
-            "adafactor.weight_decay_rate", self.weight_decay_rate, at_least=0, below=1, optional=True
-        )
+        check_number("adafactor.weight_decay_rate", self.weight_decay_rate, at_least=0, below=1, optional=True)
         check_flag("adafactor.factored", self.factored)
-        check_number(
-            "adafactor.min_dim_size_to_factor", self.min_dim_size_to_factor, at_least=1, integer=True
-        )
+        check_number("adafactor.min_dim_size_to_factor", self.min_dim_size_to_factor, at_least=1, integer=True)
         check_flag("adafactor.factor_small_stacks", self.factor_small_stacks)
         check_number("adafactor.epsilon1", self.epsilon1, at_least=0)
         check_number("adafactor.epsilon2", self.epsilon2, at_least=0)
@@ -296,9 +292,7 @@ def _row_mean_square(gradient: Array, plan: Factoring) -> Array | None:
     return _mean_square(gradient, plan.columns) if plan.rows else None
 
 
-def _gradient_scale(
-    gradients: list[Array], row_mean_squares: list[Array | None], limit: float | None
-) -> Array | None:
+def _gradient_scale(gradients: list[Array], row_mean_squares: list[Array | None], limit: float | None) -> Array | None:
     """Returns ``min(1, limit / global norm)``; rows that were squared already are not read again."""
     if limit is None:
         return None

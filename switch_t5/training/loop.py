@@ -207,4 +207,3 @@ def train(
 
 def _due(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
-

@@ -112,9 +112,7 @@ def adafactor(
         epsilon2=epsilon2,
         clip_by_global_norm=clip_by_global_norm,
     )
-    return OptimizerFactory(
-        "adafactor", schedule, lambda axes: adafactor_transformation(schedule, options, axes)
-    )
+    return OptimizerFactory("adafactor", schedule, lambda axes: adafactor_transformation(schedule, options, axes))
 
 
 def adamw(
@@ -179,9 +177,7 @@ def sgd(
     check_number("sgd.momentum", momentum, at_least=0, below=1, optional=True)
     check_flag("sgd.nesterov", nesterov)
     check_number("sgd.clip_by_global_norm", clip_by_global_norm, above=0, optional=True)
-    return _with_clipping(
-        "sgd", schedule, lambda _: optax.sgd(schedule, momentum, nesterov), clip_by_global_norm
-    )
+    return _with_clipping("sgd", schedule, lambda _: optax.sgd(schedule, momentum, nesterov), clip_by_global_norm)
 
 
 def optax_optimizer(

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 class Speedometer:
     """Measures tokens per second and the time left."""
 
-    def __init__(
-        self, tokens_per_step: int, total_steps: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, tokens_per_step: int, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Makes a speedometer that has not started.
 
         Args:

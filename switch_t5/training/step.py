@@ -72,9 +72,7 @@ def batch_loss(
     return loss, {"loss": loss, **parts, **router, "router": stats.stacks()}
 
 
-def accumulate(
-    gradient: Any, params: Params, batch: Batch, rng: Array, microbatches: int
-) -> tuple[Params, Metrics]:
+def accumulate(gradient: Any, params: Params, batch: Batch, rng: Array, microbatches: int) -> tuple[Params, Metrics]:
     """Sums gradients and metrics over equal parts of a batch, one at a time.
 
     Sequences are dealt in turn, so that each part keeps an equal share of every device's sequences.

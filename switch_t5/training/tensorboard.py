@@ -21,9 +21,7 @@ class TensorBoard:
     waits forever for its thread once a full disk has ended it.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike[str], resume_step: int | None, *, active: bool = True
-    ) -> None:
+    def __init__(self, directory: str | os.PathLike[str], resume_step: int | None, *, active: bool = True) -> None:
         """Opens an event file.
 
         Args:
@@ -102,10 +100,7 @@ class TensorBoard:
         _, summaries = _protos()
         self._write(
             step,
-            [
-                summaries.Summary.Value(tag=f"expert_load/{layer}", histo=_bars(load))
-                for layer, load in loads.items()
-            ],
+            [summaries.Summary.Value(tag=f"expert_load/{layer}", histo=_bars(load)) for layer, load in loads.items()],
         )
 
     def close(self) -> None:

@@ -109,9 +109,7 @@ def test_a_checkpoint_is_restored_onto_another_mesh(saved, mesh_shape):
     model_dir, state, _ = saved
     old = (2, 2, 2)
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=_sharding(mesh_shape, *leaf.sharding.spec)
-        ),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(mesh_shape, *leaf.sharding.spec)),
         state,
     )
     with Checkpointer(model_dir) as checkpointer:
@@ -136,9 +134,7 @@ def test_arrays_are_read_by_name_without_the_model(saved):
 def test_one_part_is_read_and_cast(saved):
     model_dir, state, _ = saved
     abstract = {
-        "experts": jax.ShapeDtypeStruct(
-            (8, 16, 8), jnp.bfloat16, sharding=SingleDeviceSharding(jax.devices()[3])
-        )
+        "experts": jax.ShapeDtypeStruct((8, 16, 8), jnp.bfloat16, sharding=SingleDeviceSharding(jax.devices()[3]))
     }
     with Checkpointer(model_dir, read_only=True) as checkpointer:
         with pytest.raises(UserError, match="params/every, of shape"):
@@ -148,9 +144,7 @@ def test_one_part_is_read_and_cast(saved):
     assert part["experts"].dtype == jnp.bfloat16
     with np.errstate(invalid="ignore"):  # NaNs are among the values.
         expected = np.asarray(state.params["experts"]).astype(jnp.bfloat16)
-        np.testing.assert_array_equal(
-            np.asarray(part["experts"]).astype(np.float32), expected.astype(np.float32)
-        )
+        np.testing.assert_array_equal(np.asarray(part["experts"]).astype(np.float32), expected.astype(np.float32))
     assert part["experts"].devices() == {jax.devices()[3]}
     _assert_same_bits(part["every"], state.params["every"])
 
@@ -184,9 +178,7 @@ def test_a_path_to_a_checkpoint_may_be_the_run_its_folder_or_one_step(saved):
     model_dir = saved[0]
     for path in (model_dir, model_dir / "checkpoints", model_dir / "checkpoints" / "7"):
         assert locate_checkpoint(path) == (model_dir, 7)
-    with pytest.raises(
-        UserError, match=r"checkpoints/8 is no checkpoint \(.* has step 7\): name a MODEL_DIR"
-    ):
+    with pytest.raises(UserError, match=r"checkpoints/8 is no checkpoint \(.* has step 7\): name a MODEL_DIR"):
         locate_checkpoint(model_dir / "checkpoints" / "8")
     with pytest.raises(UserError, match=r"nowhere is no checkpoint: name a MODEL_DIR"):
         locate_checkpoint(model_dir / "nowhere")
@@ -416,10 +408,7 @@ def _assert_survives(result: subprocess.CompletedProcess[str], model_dir: Path, 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
     mount = f'mount -t tmpfs -o size=3m tmpfs "{tmp_path}" && exec "$@"'
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*prefix, mount, "sh", "true"], check=False).returncode
-    ):
+    if shutil.which("unshare") is None or subprocess.run([*prefix, mount, "sh", "true"], check=False).returncode:
         pytest.skip("mounting a small disk needs user namespaces")
     result = _run(FULL_DISK.format(begin="", end=""), tmp_path, prefix=(*prefix, mount, "sh"))
     _assert_survives(result, tmp_path, "No space left on device")

@@ -108,9 +108,7 @@ def test_parameters_come_from_the_file_and_defaults_fill_the_rest():
 
 
 def test_a_block_sets_the_parameters_of_one_configurable():
-    assert load("Model:\n  emb_dim = 4\n  # wide\n  dtype = 'bfloat16'\n").get("Model") == Model(
-        4, dtype="bfloat16"
-    )
+    assert load("Model:\n  emb_dim = 4\n  # wide\n  dtype = 'bfloat16'\n").get("Model") == Model(4, dtype="bfloat16")
 
 
 def test_a_macro_is_read_where_it_stands_also_inside_containers_and_other_macros():
@@ -251,9 +249,7 @@ def test_a_flag_may_set_a_parameter_in_a_scope():
 
 @pytest.mark.parametrize("flag", ["DIM", "=3", "Model .emb_dim=3", "Model.=3", "3=3"])
 def test_a_flag_that_is_no_binding_is_refused(flag):
-    assert (
-        mistake("", flag) == f"--gin.{flag} is not --gin.NAME=VALUE with a macro or Configurable.parameter."
-    )
+    assert mistake("", flag) == f"--gin.{flag} is not --gin.NAME=VALUE with a macro or Configurable.parameter."
 
 
 # Where gin files are.
@@ -389,10 +385,7 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
         ),
         (
             "import no_such_parts.of_it",
-            (
-                "a.gin, line 1: cannot import 'no_such_parts.of_it', "
-                "there is no module 'no_such_parts' on PYTHONPATH."
-            ),
+            ("a.gin, line 1: cannot import 'no_such_parts.of_it', there is no module 'no_such_parts' on PYTHONPATH."),
         ),
     ],
 )
@@ -483,9 +476,9 @@ def test_a_flag_for_what_nothing_uses_is_refused_when_the_roots_are_known():
     text = "Model.emb_dim = 1\nModel.optimizer = %CHOSEN\nCHOSEN = @optimizer\n"
     text += "optimizer.beta = %BETA\nBETA = 0.5\ndecay.rate = %RATE\nRATE = %HALF\nHALF = 0.5\n"
     text += "takes_anything.colour = 'red'"
-    load(
-        text, "BETA=0.1", "optimizer.beta=%BETA", "CHOSEN=@optimizer", "Model.emb_dim=2"
-    ).check_flags_have_effect(["Model"])
+    load(text, "BETA=0.1", "optimizer.beta=%BETA", "CHOSEN=@optimizer", "Model.emb_dim=2").check_flags_have_effect(
+        ["Model"]
+    )
     for flag, unused in (
         ("decay.steps=2", "decay"),
         ("RATE=2", "decay"),
@@ -516,18 +509,9 @@ def test_a_refused_value_is_told_with_where_it_was_set():
 
 def test_a_refused_value_is_traced_through_its_macros():
     text = "Model.emb_dim = %DIM\nDIM = %SIZE\nSIZE = 0"
-    assert (
-        build_mistake("Model", text)
-        == "Model.emb_dim must be at least 1, got 0 (macro SIZE, set in a.gin, line 3)."
-    )
-    assert (
-        build_mistake("Model", text, "SIZE=-1")
-        == "Model.emb_dim must be at least 1, got -1 (set by --gin.SIZE=-1)."
-    )
-    assert (
-        build_mistake("Model", text, "DIM=-2")
-        == "Model.emb_dim must be at least 1, got -2 (set by --gin.DIM=-2)."
-    )
+    assert build_mistake("Model", text) == "Model.emb_dim must be at least 1, got 0 (macro SIZE, set in a.gin, line 3)."
+    assert build_mistake("Model", text, "SIZE=-1") == "Model.emb_dim must be at least 1, got -1 (set by --gin.SIZE=-1)."
+    assert build_mistake("Model", text, "DIM=-2") == "Model.emb_dim must be at least 1, got -2 (set by --gin.DIM=-2)."
 
 
 def test_the_place_comes_before_the_suggestion():
@@ -543,9 +527,7 @@ def test_the_place_is_told_once_however_deep_the_mistake_lies():
 
 def test_the_place_is_that_of_the_scope():
     text = "Model.emb_dim = 1\neval/Model.emb_dim = 0"
-    assert (
-        build_mistake("eval/Model", text) == "Model.emb_dim must be at least 1, got 0 (set in a.gin, line 2)."
-    )
+    assert build_mistake("eval/Model", text) == "Model.emb_dim must be at least 1, got 0 (set in a.gin, line 2)."
 
 
 def test_a_functions_arguments_are_checked_against_its_annotations():
@@ -571,8 +553,7 @@ def test_a_mistake_in_what_was_not_set_stays_as_it_is():
 
 def test_missing_parameters_are_named():
     assert (
-        build_mistake("Model")
-        == "Model.emb_dim has no value: give it in a gin file or with --gin.Model.emb_dim=VALUE."
+        build_mistake("Model") == "Model.emb_dim has no value: give it in a gin file or with --gin.Model.emb_dim=VALUE."
     )
     assert build_mistake("Run", "Run.model_dir = 'd'") == (
         "Run.model and Run.train_steps have no value: give them in a gin file or with "
@@ -705,11 +686,7 @@ def test_the_table_holds_what_there_is():
 
 
 def test_loading_imports_only_the_modules_of_what_is_set_and_referred_to():
-    program = (
-        "import sys, switch_t5.cli.configuration as c; c.Configuration.load(); print('jax' in sys.modules)"
-    )
+    program = "import sys, switch_t5.cli.configuration as c; c.Configuration.load(); print('jax' in sys.modules)"
     root = Path(config_files.__file__).resolve().parents[2]
-    printed = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert printed.stdout == "False\n"

@@ -37,9 +37,7 @@ def test_list_prints_a_name_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == task_names()
 
 
-def test_vocabulary_is_trained_and_reused(
-    essays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vocabulary_is_trained_and_reused(essays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "made" / "essays.model"
     words = ["vocabulary", f"--input={essays}", f"--output={output}", "--reuse"]
     assert run(*words, "--size=300") == 0

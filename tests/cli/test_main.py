@@ -59,9 +59,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_the_gin_flags_reach_the_command(fake):
     words = ["train", "--gin_file=a.gin", "--gin.N=1", "--gin_file", "b.gin", "--gin_search_paths=x,y"]
-    assert (
-        main([*words, "--gin.Model.dim", "-2", "--steps=3", "--gin_search_paths=z", "--gin.TEXT=a b=c"]) == 0
-    )
+    assert main([*words, "--gin.Model.dim", "-2", "--steps=3", "--gin_search_paths=z", "--gin.TEXT=a b=c"]) == 0
     assert fake.args.gin_file == ["a.gin", "b.gin"]
     assert fake.args.gin_search_paths == ["x", "y", "z"]
     assert fake.args.gin_bindings == ["N=1", "Model.dim=-2", "TEXT=a b=c"]
@@ -174,8 +172,7 @@ def test_help_of_a_command_has_its_flags_and_the_gin_flags(fake, capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: switch-t5 train ")
     assert all(
-        flag in text
-        for flag in ("--gin_file PATH", "--gin_search_paths FOLDER,...", "--gin.NAME VALUE", "--steps")
+        flag in text for flag in ("--gin_file PATH", "--gin_search_paths FOLDER,...", "--gin.NAME VALUE", "--steps")
     )
 
 
@@ -211,9 +208,7 @@ try:
 finally:
     print(sorted({"jax", "gin", "numpy", "tensorflow"} & set(sys.modules)))
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.stdout.endswith("\n[]\n")
 
 
@@ -229,9 +224,7 @@ sys.modules["fake"] = module
 program.COMMANDS["data"] = program.Command("fake", "x", takes_gin=False)
 sys.exit(program.main(["data"]))
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout
     process.stdout.readline()
     process.stdout.close()

@@ -52,9 +52,7 @@ class Goldens:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return
-        how = (
-            f"If the change is meant, `python -m pytest tests/configs {REGENERATE}` writes the goldens anew."
-        )
+        how = f"If the change is meant, `python -m pytest tests/configs {REGENERATE}` writes the goldens anew."
         if not path.is_file():
             pytest.fail(f"There is no golden {name}. {how}", pytrace=False)
         stored = path.read_text(encoding="utf-8").splitlines()
@@ -62,9 +60,7 @@ class Goldens:
         if lines:
             shown = list(itertools.islice(lines, MOST_LINES))
             rest = [f"and {len(lines) - len(shown)} more lines"] if len(lines) > len(shown) else []
-            pytest.fail(
-                "\n".join([f"{name} is not what its golden says. {how}", *shown, *rest]), pytrace=False
-            )
+            pytest.fail("\n".join([f"{name} is not what its golden says. {how}", *shown, *rest]), pytrace=False)
 
     def names(self) -> set[str]:
         """All goldens, relative to the folder."""

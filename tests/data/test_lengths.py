@@ -39,6 +39,4 @@ def test_at_half_noise_targets_are_no_longer_than_inputs() -> None:
 def test_inputs_too_short_to_corrupt_are_refused() -> None:
     with pytest.raises(ConfigError) as error:
         span_corruption_lengths(9)
-    assert str(error.value) == (
-        "DataConfig.task_feature_lengths has inputs=9; span corruption needs 10 or more."
-    )
+    assert str(error.value) == ("DataConfig.task_feature_lengths has inputs=9; span corruption needs 10 or more.")

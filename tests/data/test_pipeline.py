@@ -169,9 +169,7 @@ def test_a_position_of_another_configuration_is_refused(config: DataConfig) -> N
     )
 
 
-def test_a_vocabulary_is_told_apart_by_its_content(
-    config: DataConfig, vocabulary_file: str, tmp_path: Path
-) -> None:
+def test_a_vocabulary_is_told_apart_by_its_content(config: DataConfig, vocabulary_file: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy.model"
     copy.write_bytes(Path(vocabulary_file).read_bytes())
     first = BatchIterator(dataclasses.replace(config, vocabulary_path=vocabulary_file), repeat=True)
@@ -266,8 +264,14 @@ def test_a_split_without_examples_is_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"task_feature_lengths": {"inputs": 64}}, "task_feature_lengths must give 'inputs' and 'targets', got ['inputs']."),
-        ({"task_feature_lengths": {"inputs": 64, "targets": 0}}, "task_feature_lengths has targets=0, which is not a positive integer."),
+        (
+            {"task_feature_lengths": {"inputs": 64}},
+            "task_feature_lengths must give 'inputs' and 'targets', got ['inputs'].",
+        ),
+        (
+            {"task_feature_lengths": {"inputs": 64, "targets": 0}},
+            "task_feature_lengths has targets=0, which is not a positive integer.",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
         ({"batch_size": "8"}, "batch_size must be an integer, got '8'."),
         ({"seed": -1}, "seed must not be negative, got -1."),

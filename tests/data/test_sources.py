@@ -89,9 +89,7 @@ def test_shards_share_no_file(corpus: Path) -> None:
 def test_a_wrong_line_is_told_of_before_reading_begins(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"texts": "two"}\n')
     source = TextFilesSource(str(tmp_path), validation_pattern=str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:2 lacks the field 'text'; it has 'texts'\. Did you mean 'texts'\?"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl:2 lacks the field 'text'; it has 'texts'\. Did you mean 'texts'\?"):
         source.get_dataset("train")
 
 
@@ -123,9 +121,7 @@ def test_the_embedded_corpus_splits_by_document() -> None:
     assert len(texts(source, "train")) == 225
 
 
-def test_a_tfds_dataset_that_is_not_prepared_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tfds_dataset_that_is_not_prepared_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     source = PreparedTfdsSource("c4/en:3.0.1", {"train": "train"})
     for call in (source.get_dataset, source.num_input_examples, source.list_shards):

@@ -35,9 +35,7 @@ def rising_documents(*lengths: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices(ragged).map(lambda row: {"targets": row})
 
 
-def corrupt(
-    dataset: tf.data.Dataset, inputs: int, targets: int, **options: bool
-) -> list[dict[str, np.ndarray]]:
+def corrupt(dataset: tf.data.Dataset, inputs: int, targets: int, **options: bool) -> list[dict[str, np.ndarray]]:
     """Runs the preprocessor with seed 42."""
     with seqio.map_seed_manager(42):
         lengths = {"inputs": inputs, "targets": targets}
@@ -123,8 +121,7 @@ def test_targets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError) as error:
         corrupt(rising_documents(9), 512, 113)
     assert str(error.value) == (
-        "DataConfig.task_feature_lengths has targets=113; span corruption with inputs=512 makes targets of 114 "
-        "tokens."
+        "DataConfig.task_feature_lengths has targets=113; span corruption with inputs=512 makes targets of 114 tokens."
     )
 
 

@@ -30,9 +30,7 @@ def test_mc4_has_101_languages_and_six_of_them_in_latin_script() -> None:
 
 
 def test_listing_names_loads_no_tensorflow() -> None:
-    script = (
-        "import sys; from switch_t5.data.tasks import task_names; task_names(); print('seqio' in sys.modules)"
-    )
+    script = "import sys; from switch_t5.data.tasks import task_names; task_names(); print('seqio' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
 

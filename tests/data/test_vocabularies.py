@@ -14,9 +14,7 @@ import sentencepiece
 from switch_t5.data import vocabularies
 from switch_t5.errors import UserError
 
-TEXTS = [
-    f"w{i} the quick brown fox jumps over the lazy dog number {i}\nand a second line {i}" for i in range(300)
-]
+TEXTS = [f"w{i} the quick brown fox jumps over the lazy dog number {i}\nand a second line {i}" for i in range(300)]
 
 
 def refusal(call: Callable[..., object], *args: object, **kwargs: object) -> str:
@@ -74,9 +72,7 @@ def test_a_missing_vocabulary_is_one_sentence(tmp_path: Path) -> None:
 def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "text.model"
     path.write_bytes(data)
-    assert (
-        refusal(vocabularies.load_vocabulary, str(path)) == f"Vocabulary {path} is not a SentencePiece model."
-    )
+    assert refusal(vocabularies.load_vocabulary, str(path)) == f"Vocabulary {path} is not a SentencePiece model."
 
 
 def test_a_web_address_is_one_sentence() -> None:
@@ -91,8 +87,7 @@ def test_a_vocabulary_smaller_than_its_sentinels_is_refused(vocabulary_file: str
         "fewer extra_ids."
     )
     assert refusal(vocabularies.train_sentencepiece, TEXTS, 99, tmp_path / "a.model") == (
-        "A new vocabulary of 99 pieces is smaller than its 100 sentinels: it needs more pieces, or fewer "
-        "extra_ids."
+        "A new vocabulary of 99 pieces is smaller than its 100 sentinels: it needs more pieces, or fewer extra_ids."
     )
 
 

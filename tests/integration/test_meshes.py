@@ -45,7 +45,9 @@ def _batch(run: Run, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.multidevice
-def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_and_only_all_to_alls_on_every_other(tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_and_only_all_to_alls_on_every_other(
+    tmp_path: Path,
+) -> None:
     first = _run(MESHES["data 2, expert 2, model 2"])
     state, step_fn = first.init_state(), first.compile_train_step()
     for step in range(STEPS):

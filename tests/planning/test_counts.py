@@ -24,9 +24,7 @@ SPARSE = dataclasses.replace(
     TINY,
     num_encoder_layers=2,
     num_decoder_layers=4,
-    moe=MoEConfig(
-        4, group_size=16, train_capacity_factor=1.0, eval_capacity_factor=2.0, min_expert_capacity=1
-    ),
+    moe=MoEConfig(4, group_size=16, train_capacity_factor=1.0, eval_capacity_factor=2.0, min_expert_capacity=1),
 )
 
 
@@ -35,9 +33,7 @@ def product(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
 
 
-def traced_matrix_flops(
-    config: TransformerConfig, batch: int, lengths: tuple[int, int], *, train: bool
-) -> int:
+def traced_matrix_flops(config: TransformerConfig, batch: int, lengths: tuple[int, int], *, train: bool) -> int:
     """Operations of every matrix product in the traced forward pass, logits included."""
     model = Model(config)
 
@@ -45,9 +41,7 @@ def traced_matrix_flops(
         module = model.bind(params)
         return logits(module(features, train=train)[0], module.output_kernel())
 
-    shapes = zip(
-        ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"), (0, 1, 1), strict=True
-    )
+    shapes = zip(("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"), (0, 1, 1), strict=True)
     features = {name: jax.ShapeDtypeStruct((batch, lengths[which]), jnp.int32) for name, which in shapes}
     return sum(_matrix_products(jax.make_jaxpr(forward)(model.abstract_params, features).jaxpr))
 
@@ -112,9 +106,7 @@ def test_a_dense_models_operations_are_counted_by_hand():
     ]
     assert forward_flops(TINY, 3, 7, 4) == 3 * (sum(encoder) + sum(decoder))
     gated = dataclasses.replace(TINY, mlp_activations=("gelu", "linear"))
-    assert forward_flops(gated, 3, 7, 4) == 3 * (
-        sum(encoder) + sum(decoder) + product(7, 8, 5) + product(4, 8, 5)
-    )
+    assert forward_flops(gated, 3, 7, 4) == 3 * (sum(encoder) + sum(decoder) + product(7, 8, 5) + product(4, 8, 5))
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,7 @@ def test_first_update_of_a_hand_computed_matrix():
     np.testing.assert_allclose(state.moments["w"]["v_col"], [4.5, 8.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options", [TINY, dataclasses.replace(TINY, factored=False)], ids=["factored", "whole"]
-)
+@pytest.mark.parametrize("options", [TINY, dataclasses.replace(TINY, factored=False)], ids=["factored", "whole"])
 def test_each_expert_follows_the_oracle_of_its_own_matrix(options):
     param, gradients = drawn((3, 4, 6)), [drawn((3, 4, 6), seed) for seed in (1, 2, 3)]
     history = run(options, ("expert", "embed", "expert_mlp"), param, gradients)
@@ -168,9 +166,7 @@ def assert_members_alone_equal_the_stack(options, stacked, axes, shape):
     param, gradients = drawn(shape), [drawn(shape, seed) for seed in (1, 2, 3)]
     whole, state = run(options, stacked + axes, param, gradients)[-1]
     for member in np.ndindex(shape[: len(stacked)]):
-        alone, alone_state = run(options, axes, param[member], [gradient[member] for gradient in gradients])[
-            -1
-        ]
+        alone, alone_state = run(options, axes, param[member], [gradient[member] for gradient in gradients])[-1]
         np.testing.assert_allclose(whole[member], alone, rtol=1e-7, atol=2e-7 * np.abs(alone).max())
         assert state.moments["w"].keys() == alone_state.moments["w"].keys()
         for name, moment in alone_state.moments["w"].items():
@@ -214,9 +210,9 @@ def test_heads_and_kv_are_one_dim_of_the_matrix(axes, shape, flat_axes, flat_sha
     options = AdafactorOptions(min_dim_size_to_factor=12)
     param, gradients = drawn(shape), [drawn(shape, seed) for seed in (1, 2, 3)]
     new, state = run(options, axes, param, gradients)[-1]
-    flat, flat_state = run(
-        options, flat_axes, param.reshape(flat_shape), [g.reshape(flat_shape) for g in gradients]
-    )[-1]
+    flat, flat_state = run(options, flat_axes, param.reshape(flat_shape), [g.reshape(flat_shape) for g in gradients])[
+        -1
+    ]
     np.testing.assert_allclose(new.reshape(flat_shape), flat, rtol=1e-6, atol=1e-7)
     for name, moment in flat_state.moments["w"].items():
         np.testing.assert_allclose(state.moments["w"][name].reshape(moment.shape), moment, rtol=1e-6)
@@ -315,9 +311,7 @@ def test_global_norm_is_taken_over_all_parameters_together():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), actual, expected)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"factored": False}, {"clip_by_global_norm": 1.0}, {"weight_decay_rate": 0.1}]
-)
+@pytest.mark.parametrize("changes", [{}, {"factored": False}, {"clip_by_global_norm": 1.0}, {"weight_decay_rate": 0.1}])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_update_holds_nothing_as_large_as_a_gradient(changes, dtype):
     shape, axes = (16, 128, 256), ("expert", "embed", "expert_mlp")
@@ -398,11 +392,7 @@ def axes_of_t5x(name) -> tuple[str | None, ...]:
     if name.endswith("scale"):
         return ("embed",)
     if "/expert/" in name:
-        return (
-            ("expert", "embed", "expert_mlp")
-            if name.endswith("wi/kernel")
-            else ("expert", "expert_mlp", "embed")
-        )
+        return ("expert", "embed", "expert_mlp") if name.endswith("wi/kernel") else ("expert", "expert_mlp", "embed")
     return ("vocab", "embed") if "embedding" in name else ("embed", "mlp")
 
 
@@ -417,9 +407,7 @@ def moments_of_t5x(folder, name):
     if (folder / f"{dotted}.v").is_dir():
         return {"v": scanned_first(name, t5x_array(folder, f"{dotted}.v"))}
     if (folder / f"{dotted}.v_row").is_dir():
-        kinds = (
-            ("v_row", "v_col") if axes_of_t5x(name)[1] == "embed" else ("v_col", "v_row")
-        )  # Its rows are "embed".
+        kinds = ("v_row", "v_col") if axes_of_t5x(name)[1] == "embed" else ("v_col", "v_row")  # Its rows are "embed".
         factors = (scanned_first(name, t5x_array(folder, f"{dotted}.{kind}")) for kind in ("v_row", "v_col"))
         return dict(zip(kinds, factors, strict=True))
     return None
@@ -435,12 +423,9 @@ def test_sixth_update_is_that_of_t5x(model, num_whole):
     moments = {name: moment for name, moment in moments.items() if moment is not None}
     assert sum("v" in moment for moment in moments.values()) == num_whole
     assert sum("v_row" in moment for moment in moments.values()) == 4
-    params = {
-        name: scanned_first(name, t5x_array(folder, f"target.{name.replace('/', '.')}")) for name in moments
-    }
+    params = {name: scanned_first(name, t5x_array(folder, f"target.{name.replace('/', '.')}")) for name in moments}
     gradients = {
-        name: scanned_first(name, golden[f"train_grad/{name}"])
-        * (EXPERT_PARTITIONS if "/expert/" in name else 1)
+        name: scanned_first(name, golden[f"train_grad/{name}"]) * (EXPERT_PARTITIONS if "/expert/" in name else 1)
         for name in moments
     }
     axes = {name: (("layers",) if "subblock" in name else ()) + axes_of_t5x(name) for name in moments}
@@ -457,9 +442,7 @@ def test_sixth_update_is_that_of_t5x(model, num_whole):
             np.moveaxis(array, 0, 1) if "subblock" in name else array
             for array in (np.asarray(tree[name], np.float64) for tree in (params, new_params))
         )
-        head, norm, total = (
-            golden[f"step6_{kind}/{name}"] for kind in ("param_head", "update_l2", "param_sum")
-        )
+        head, norm, total = (golden[f"step6_{kind}/{name}"] for kind in ("param_head", "update_l2", "param_sum"))
         np.testing.assert_allclose(after.reshape(-1)[:16], head, rtol=2e-6, atol=1e-7)
         np.testing.assert_allclose(np.linalg.norm(after - before), norm, rtol=2e-5)
         np.testing.assert_allclose(after.sum(), total, rtol=1e-5, atol=2e-4)

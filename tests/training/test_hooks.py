@@ -36,8 +36,7 @@ def test_an_entry_is_one_line_with_the_step_first_and_keys_in_their_order(path):
         metrics.write(2, {"task": "c4", "loss": 0.1, "accuracy": 1, "b": 1e-45, "a": -0.0})
         metrics.write(4, {"loss": 2.0})
     assert path.read_text() == (
-        '{"step": 2, "task": "c4", "loss": 0.1, "accuracy": 1, "b": 1e-45, "a": -0.0}\n'
-        '{"step": 4, "loss": 2.0}\n'
+        '{"step": 2, "task": "c4", "loss": 0.1, "accuracy": 1, "b": 1e-45, "a": -0.0}\n{"step": 4, "loss": 2.0}\n'
     )
 
 
@@ -50,9 +49,7 @@ def test_a_float_is_read_back_exactly(path, value):
     assert json.loads(path.read_text())["x"] == float(value)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (jnp.float32(-jnp.inf), "-inf")]
-)
+@pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (jnp.float32(-jnp.inf), "-inf")])
 def test_what_json_lacks_is_a_string_that_float_takes(path, value, text):
     with MetricsFile(path, None) as metrics:
         metrics.write(1, {"x": value})
@@ -68,9 +65,7 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("resume_step", "kept"), [(None, 0), (0, 1), (4, 1), (5, 3), (8, 3), (9, 4), (1000, 4)]
-)
+@pytest.mark.parametrize(("resume_step", "kept"), [(None, 0), (0, 1), (4, 1), (5, 3), (8, 3), (9, 4), (1000, 4)])
 def test_a_restart_takes_back_the_entries_after_its_step(path, resume_step, kept):
     path.write_bytes(b"".join(ENTRIES))
     with MetricsFile(path, resume_step) as metrics:

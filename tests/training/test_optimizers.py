@@ -125,9 +125,7 @@ def test_update_sharded_over_eight_devices_equals_that_of_one_and_gathers_no_par
     mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
     def shard(tree, names):
-        return jax.tree.map(
-            lambda x, name: jax.device_put(x, named_sharding(mesh, name, x.shape)), tree, names
-        )
+        return jax.tree.map(lambda x, name: jax.device_put(x, named_sharding(mesh, name, x.shape)), tree, names)
 
     arguments = (shard(gradients, axes), shard(state, state_axes(state, params, axes)), shard(params, axes))
     compiled = jax.jit(transformation.update).lower(*arguments).compile()
@@ -170,9 +168,7 @@ def test_sgd_follows_its_schedule():
 def test_gradients_are_clipped_by_their_common_norm(clipped):
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     transformation = clipped({"a": ("embed",), "b": ("embed",)})
-    updates, _ = transformation.update(
-        {"a": jnp.array([3.0]), "b": jnp.array([4.0])}, transformation.init(params)
-    )
+    updates, _ = transformation.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, transformation.init(params))
     np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.3, -0.4], rtol=1e-6)
 
 

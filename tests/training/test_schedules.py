@@ -37,17 +37,13 @@ def test_rsqrt_decay_climbs_from_zero_where_asked():
 
 def test_constant_schedule_climbs_and_stays():
     assert rates(constant_schedule(0.5), [0, 7]) == [0.5, 0.5]
-    np.testing.assert_allclose(
-        rates(constant_schedule(0.5, warmup_steps=4), [0, 1, 4, 9]), [0, 0.125, 0.5, 0.5]
-    )
+    np.testing.assert_allclose(rates(constant_schedule(0.5, warmup_steps=4), [0, 1, 4, 9]), [0, 0.125, 0.5, 0.5])
 
 
 def test_linear_decay_reaches_its_final_rate_at_the_total_step_and_stays():
     schedule = linear_decay(1.0, total_steps=10, warmup_steps=2, final_learning_rate=0.2)
     np.testing.assert_allclose(rates(schedule, [0, 1, 2, 6, 10, 99]), [0, 0.5, 1.0, 0.6, 0.2, 0.2], rtol=1e-6)
-    np.testing.assert_allclose(
-        rates(linear_decay(1.0, total_steps=4), [0, 1, 4]), [1.0, 0.75, 0.0], rtol=1e-6
-    )
+    np.testing.assert_allclose(rates(linear_decay(1.0, total_steps=4), [0, 1, 4]), [1.0, 0.75, 0.0], rtol=1e-6)
 
 
 def test_cosine_decay_reaches_its_final_rate_at_the_total_step_and_stays():

@@ -1,0 +1,186 @@
+"""The model against Hugging Face's T5 v1.1 and Switch Transformers, from the same weights and inputs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switch_t5.inference.decoding import greedy_decode
+from switch_t5.layers.moe import MoEConfig
+from switch_t5.model.config import TransformerConfig
+from switch_t5.model.functional import Model
+from switch_t5.model.transformer import logits
+from switch_t5.training.losses import LossConfig, batch_totals
+from switch_t5.training.step import batch_loss
+from switch_t5.types import Array, Params
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "huggingface"
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"there are no golden models at {GOLDEN}"),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "emb_dim": 32,
+    "num_heads": 4,
+    "head_dim": 8,
+    "mlp_dim": 64,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+}
+CONFIGS = {
+    "t5v11": TransformerConfig(**SIZES, mlp_activations=("gelu", "linear"), tied_logits=False),
+    # No expert is ever full.
+    "switch": TransformerConfig(**SIZES, moe=MoEConfig(4, eval_capacity_factor=4.0)),
+}
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The format: the header's length (8 bytes, little-endian), a JSON header, and the arrays' bytes."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    arrays = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            assert entry["dtype"] == "F32"
+            arrays[name] = np.frombuffer(data[start + begin : start + end], np.float32).reshape(entry["shape"])
+    return arrays
+
+
+def from_huggingface(weights: dict[str, np.ndarray], config: TransformerConfig) -> Params:
+    """Our parameters from theirs; linear layers are stored ``[out, in]`` there."""
+
+    def attention(prefix: str) -> Params:
+        heads = (config.emb_dim, config.num_heads, config.head_dim)
+        kernels = {
+            ours: weights[f"{prefix}.{theirs}.weight"].T.reshape(heads)
+            for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"))
+        }
+        return kernels | {"out": weights[f"{prefix}.o.weight"].T.reshape(*heads[1:], config.emb_dim)}
+
+    def feed_forward(prefix: str) -> Params:
+        for inner in ("DenseReluDense", "mlp"):
+            names = [name for name in ("wi", "wi_0", "wi_1", "wo") if f"{prefix}.{inner}.{name}.weight" in weights]
+            if names:
+                return {name: weights[f"{prefix}.{inner}.{name}.weight"].T for name in names}
+        assert config.moe is not None
+        experts = {
+            name: np.stack(
+                [
+                    weights[f"{prefix}.mlp.experts.expert_{expert}.{name}.weight"].T
+                    for expert in range(config.moe.num_experts)
+                ]
+            )
+            for name in ("wi", "wo")
+        }
+        return {"router": weights[f"{prefix}.mlp.router.classifier.weight"].T, "experts": experts}
+
+    def block(prefix: str, decoder: bool) -> Params:
+        layers = ["self_attention", "cross_attention", "mlp"] if decoder else ["self_attention", "mlp"]
+        params: Params = {}
+        for index, name in enumerate(layers):
+            layer = f"{prefix}.layer.{index}"
+            params[f"{name}_norm"] = {"scale": weights[f"{layer}.layer_norm.weight"]}
+            theirs = {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention"}.get(name)
+            params[name] = attention(f"{layer}.{theirs}") if theirs else feed_forward(layer)
+        return params
+
+    def coder(name: str) -> Params:
+        bias = weights[f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].T
+        blocks = {f"layers_{i}": block(f"{name}.block.{i}", name == "decoder") for i in range(2)}
+        return {
+            "relative_position": {"embedding": bias},
+            "stack": {"blocks": blocks},
+            "norm": {"scale": weights[f"{name}.final_layer_norm.weight"]},
+        }
+
+    params: Params = {"embedding": {"table": weights["shared.weight"]}} | {c: coder(c) for c in ("encoder", "decoder")}
+    if not config.tied_logits:
+        params["logits_dense"] = {"kernel": weights["lm_head.weight"].T}
+    return params
+
+
+@functools.cache
+def case(name: str) -> tuple[Model, Params, dict[str, np.ndarray], dict[str, Array]]:
+    """The model, its parameters, what Hugging Face computed, and the batch that it read."""
+    model = Model(CONFIGS[name])
+    params = from_huggingface(read_safetensors(GOLDEN / f"{name}_weights.safetensors"), model.config)
+    with np.load(GOLDEN / f"{name}_io.npz") as arrays:
+        golden = dict(arrays)
+    np.testing.assert_array_equal(golden["attention_mask"], golden["input_ids"] > 0)
+    real = golden["labels"] >= 0
+    batch = {
+        "encoder_input_tokens": golden["input_ids"].astype(np.int32),
+        "decoder_input_tokens": golden["decoder_input_ids"].astype(np.int32),
+        "decoder_target_tokens": np.where(real, golden["labels"], 0).astype(np.int32),
+        "decoder_loss_weights": real.astype(np.float32),
+    }
+    return model, jax.tree.map(jnp.asarray, params), golden, jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.mark.parametrize("name", ["t5v11", "switch"])
+def test_the_parameters_are_all_there_and_of_the_same_shapes(name: str) -> None:
+    model, params, _, _ = case(name)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, params)
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, model.abstract_params)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("t5v11", ""), ("switch", "cap64/")])
+def test_logits_and_encoder_outputs_agree(name: str, prefix: str) -> None:
+    model, params, golden, batch = case(name)
+
+    @jax.jit
+    def forward(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        module = model.bind(params)
+        encoded, _ = module.encode(batch["encoder_input_tokens"])
+        hidden, _ = module(batch)
+        return encoded, logits(hidden, module.output_kernel())
+
+    encoded, ours = forward(params, batch)
+    # Where something is padding we attend to nothing, and they as if it were not.
+    inputs, targets = golden["input_ids"] > 0, golden["labels"] >= 0
+    np.testing.assert_allclose(encoded[inputs], golden[f"{prefix}enc_hidden_2"][inputs], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours[targets], golden[f"{prefix}logits"][targets], rtol=1e-5, atol=2e-5)
+
+
+@functools.cache
+def loss_and_gradients(name: str) -> tuple[dict[str, Any], Params]:
+    model, params, _, batch = case(name)
+    config = LossConfig(z_loss=0.0, load_balance_loss_weight=0.0)
+    loss = functools.partial(batch_loss, model=model, config=config)
+    gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params, batch, None, batch_totals(batch, config))
+    return metrics, gradients
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("t5v11", ""), ("switch", "cap64/")])
+def test_the_cross_entropy_agrees(name: str, prefix: str) -> None:
+    metrics, _ = loss_and_gradients(name)
+    np.testing.assert_allclose(metrics["cross_entropy"], case(name)[2][f"{prefix}ce_loss"], rtol=2e-6)
+
+
+def test_the_gradient_of_every_dense_parameter_agrees() -> None:
+    _, gradients = loss_and_gradients("t5v11")
+    expected = from_huggingface(read_safetensors(GOLDEN / "t5v11_grads.safetensors"), CONFIGS["t5v11"])
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
+        largest = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest, err_msg=str(path))
+
+
+@pytest.mark.parametrize(("name", "golden_name"), [("t5v11", "gen_greedy"), ("switch", "cap64/gen_greedy")])
+def test_greedy_decoding_agrees(name: str, golden_name: str) -> None:
+    model, params, golden, batch = case(name)
+    # Theirs starts with the start token.
+    expected = golden[golden_name][:, 1:]
+    decode = jax.jit(functools.partial(greedy_decode, model, max_length=expected.shape[1], eos_id=1))
+    np.testing.assert_array_equal(decode(params, batch["encoder_input_tokens"]), expected)
