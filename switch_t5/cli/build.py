@@ -94,13 +94,14 @@ class Run:
         )
 
     @functools.cached_property
-    def state_shardings(self) -> TrainState:
-        """Where each array of the training state lives."""
+    def state_shardings(self) -> Any:
+        """Where each array of the training state lives: a ``TrainState`` of shardings."""
         shapes = jax.eval_shape(self._init, jax.random.key(0))
         params = tree_shardings(self.mesh, shapes.params, self.model.axes)
         axes = state_axes(shapes.opt_state, shapes.params, self.model.axes)
         opt_state = tree_shardings(self.mesh, shapes.opt_state, axes)
-        return TrainState(NamedSharding(self.mesh, PartitionSpec()), params, opt_state)
+        step: Any = NamedSharding(self.mesh, PartitionSpec())
+        return TrainState(step, params, opt_state)
 
     def _init(self, rng: jax.Array) -> TrainState:
         params = self.model.init(rng)

@@ -98,12 +98,14 @@ def _decode(run: Run, params: Params, inputs: list[np.ndarray]) -> list[np.ndarr
     from switch_t5.partitioning.rules import partitioned
 
     data = run.spec.data
+    eos_id = get_vocabulary(data).eos_id
+    assert eos_id is not None
     decode = jax.jit(
         functools.partial(
             greedy_decode,
             run.model,
             max_length=data.task_feature_lengths["targets"],
-            eos_id=get_vocabulary(data).eos_id,
+            eos_id=eos_id,
         )
     )
     outputs: list[np.ndarray] = []

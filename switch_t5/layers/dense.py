@@ -28,6 +28,11 @@ class FeedForward(nnx.Module):
     With ``num_experts`` the kernels have a leading expert axis, and so has the input.
     """
 
+    # Either wi, or wi_0 and wi_1.
+    wi: nnx.Param
+    wi_0: nnx.Param
+    wi_1: nnx.Param
+
     def __init__(
         self,
         emb_dim: int,
