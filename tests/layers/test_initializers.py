@@ -29,13 +29,13 @@ def test_the_paper_truncates_a_normal_of_variance_a_tenth_over_fan_in_at_two_dev
     assert abs(values.mean()) < 0.01 * sigma
 
 
-@pytest.mark.parametrize("convention", ["paper", "t5x"])
+@pytest.mark.parametrize("convention", ["paper", "t5x", "t5x_switch"])
 def test_the_query_carries_the_scale_that_attention_leaves_out(convention: Initialization) -> None:
     query = draw("query", convention, fan_in=250, head_dim=64)
     np.testing.assert_allclose(query, draw("attention", convention, fan_in=250) / 8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("convention", ["paper", "t5x"])
+@pytest.mark.parametrize("convention", ["paper", "t5x", "t5x_switch"])
 def test_the_embedding_is_a_unit_normal(convention: Initialization) -> None:
     values = draw("embedding", convention, fan_in=1)
     np.testing.assert_allclose(values.std(), 1.0, rtol=0.01)
@@ -61,6 +61,17 @@ def test_the_released_models_conventions(kind: Kind, deviation: float, bound: fl
         assert largest > 3.5 * deviation
     else:
         assert 0.99 * bound < largest <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["query", "attention", "mlp", "expert", "logits", "relpos"])
+def test_the_released_switch_models_start_with_a_tenth_of_the_dense_ones_variance(kind: Kind) -> None:
+    fans = {"fan_in": 250, "fan_out": 32, "head_dim": 64}
+    np.testing.assert_allclose(draw(kind, "t5x_switch", **fans), math.sqrt(0.1) * draw(kind, "t5x", **fans), rtol=1e-5)
+
+
+def test_the_released_switch_models_router_and_embedding_start_as_the_dense_ones() -> None:
+    for kind in ("router", "embedding"):
+        np.testing.assert_array_equal(draw(kind, "t5x_switch", fan_in=250), draw(kind, "t5x", fan_in=250))
 
 
 def test_every_matrix_of_the_papers_model_starts_by_its_own_fan_in() -> None:
