@@ -261,8 +261,8 @@ def measure_peer(experts: int, repeats: int) -> dict[str, Any]:
     import resource
 
     import numpy as np
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,

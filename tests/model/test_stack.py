@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from switch_t5.layers.attention import mask_bias
 from switch_t5.layers.moe import MoEConfig
+from switch_t5.model.blocks import BlockInputs
 from switch_t5.model.config import TransformerConfig
-from switch_t5.model.functional import Model
-from switch_t5.model.stack import shortest_period
-from switch_t5.training.losses import LossConfig, batch_totals
-from switch_t5.training.step import batch_loss
+from switch_t5.model.stack import Stack, shortest_period
 from switch_t5.types import Array, Params
-from tests.model.batches import examples, packed
 
+BATCH, LENGTH, SIZE = 4, 6, 2
 CONFIG = TransformerConfig(
     vocab_size=32,
-    emb_dim=8,
-    num_heads=2,
-    head_dim=4,
-    mlp_dim=12,
+    # Few distinct shapes compile in little time.
+    emb_dim=SIZE,
+    num_heads=SIZE,
+    head_dim=SIZE,
+    mlp_dim=SIZE,
     num_encoder_layers=4,
-    num_decoder_layers=2,
+    num_decoder_layers=1,
     dropout_rate=0.1,
     initialization="t5x",
-    moe=MoEConfig(3, group_size=20, min_expert_capacity=1),
-    encoder_sparse_layers=2,
-    decoder_sparse_layers=1,
+    moe=MoEConfig(SIZE, group_size=2 * LENGTH, train_capacity_factor=1.0, min_expert_capacity=1),
+    decoder_sparse_layers="none",
 )
 SCANNED = dataclasses.replace(CONFIG, scan_layers=True)
 
@@ -54,85 +54,107 @@ def test_the_shortest_period_repeats_to_the_whole(pattern: str, period: int) -> 
     assert shortest_period(tuple(sparse == "1" for sparse in pattern)) == period
 
 
-@functools.cache
-def parameters(config: TransformerConfig) -> Params:
-    return jax.jit(Model(config).init)(jax.random.key(0))
+def make(config: TransformerConfig, pattern: tuple[bool, ...]) -> Stack:
+    return Stack(config, pattern, decoder=False, rngs=nnx.Rngs(params=0))
 
 
 @functools.cache
-def outcome(config: TransformerConfig) -> tuple[Params, dict[str, Any]]:
-    """Gradients and metrics of one packed batch, with dropout, jitter and drops."""
-    content = examples([(6, 4), (3, 5), (9, 3), (2, 2), (5, 5)])
-    batch = packed([content[:2], content[2:3], content[3:4], content[4:]], 10, 9)
-    loss_config = LossConfig(router_z_loss_weight=1e-3)
-    loss = functools.partial(batch_loss, model=Model(config), config=loss_config)
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
-    return gradient(parameters(config), batch, jax.random.key(1), batch_totals(batch, loss_config))
+def made(config: TransformerConfig) -> tuple[Any, nnx.State]:
+    return nnx.split(make(config, config.encoder_pattern))
 
 
-def written_out(scanned: Params) -> Params:
-    """The parameters of a scanned model under the names of one that is not."""
+@functools.cache
+def outcome(config: TransformerConfig, *, random_parts: bool = False) -> tuple[Params, Any]:
+    """Gradients and results of the encoder's stack, with padding and drops; with dropout and jitter if asked for."""
+    graph, params = made(config)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(BATCH, LENGTH, SIZE)), jnp.float32)
+    mask = jnp.arange(LENGTH) < jnp.asarray([6, 4, 6, 1])[:, None]
+    positions = jnp.asarray(random.normal(size=(1, SIZE, LENGTH, LENGTH)), jnp.float32)
+    rng = jax.random.key(1) if random_parts else None
 
-    def stack(blocks: Params, repeats: int) -> Params:
-        period = len(blocks)
-        return {
-            f"layers_{repeat * period + index}": jax.tree.map(lambda leaf: leaf[repeat], blocks[f"layers_{index}"])
-            for repeat in range(repeats)
-            for index in range(period)
-        }
+    def loss(params: nnx.State, x: Array, positions: Array) -> tuple[Array, Any]:
+        inputs = BlockInputs(mask, mask_bias(mask, mask), positions, None, None, sequences=2, train=True)
+        y, stats = nnx.merge(graph, params)(x, inputs, rng)
+        assert stats is not None
+        return jnp.sum(jnp.sin(y)) + jnp.sum(stats.load_balance_loss + stats.router_z_loss), (y, stats)
 
-    result = dict(scanned)
-    for name in ("encoder", "decoder"):
-        result[name] = scanned[name] | {"stack": {"blocks": stack(scanned[name]["stack"]["blocks"], repeats=2)}}
-    return result
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (d_params, d_x, d_positions), results = gradient(params, x, positions)
+    return {"params": nnx.to_pure_dict(d_params), "x": d_x, "positions": d_positions}, results
 
 
-def assert_close(ours: Any, reference: Any, rtol: float = 1e-5) -> None:
+def written_out(blocks: Params) -> Params:
+    """The parameters of two scanned periods under the names that they have without a scan."""
+    period = len(blocks)
+    return {
+        f"layers_{repeat * period + index}": jax.tree.map(lambda leaf: leaf[repeat], blocks[f"layers_{index}"])
+        for repeat in range(2)
+        for index in range(period)
+    }
+
+
+def assert_close(ours: Any, reference: Any) -> None:
     """Each array within rounding of its own largest entry."""
 
     def compare(path: jax.tree_util.KeyPath, one: Array, other: Array) -> None:
         scale = float(jnp.max(jnp.abs(other)))
-        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(compare, ours, reference)
 
 
+def axes_by_name(stack: Stack) -> dict[str, tuple[str | None, ...]]:
+    flat = nnx.to_flat_state(nnx.state(stack, nnx.Param))
+    return {"/".join(map(str, path)): param.get_metadata()["axes"] for path, param in flat}
+
+
 def test_scanned_parameters_have_a_leading_axis_over_the_periods() -> None:
-    written, scanned = Model(CONFIG), Model(SCANNED)
-    # The encoder's period is a dense and a sparse block; the decoder's a sparse block alone.
-    assert set(scanned.axes["encoder"]["stack"]["blocks"]) == {"layers_0", "layers_1"}
-    assert set(scanned.axes["decoder"]["stack"]["blocks"]) == {"layers_0"}
-    for name in ("encoder", "decoder"):
-        block = scanned.axes[name]["stack"]["blocks"]["layers_0"]
-        reference = written.axes[name]["stack"]["blocks"]["layers_0"]
-        assert jax.tree.structure(block) == jax.tree.structure(reference)
-        is_axes = functools.partial(lambda leaf: isinstance(leaf, tuple))
-        pairs = zip(
-            jax.tree.leaves(block, is_leaf=is_axes), jax.tree.leaves(reference, is_leaf=is_axes), strict=True
-        )
-        assert all(axes == ("layers", *plain) for axes, plain in pairs)
+    written, scanned = (axes_by_name(nnx.merge(*made(config))) for config in (CONFIG, SCANNED))
+    # The period is a dense and a sparse block.
+    assert {name.split("/")[1] for name in scanned} == {"layers_0", "layers_1"}
+    assert {name.split("/")[1] for name in written} == {f"layers_{index}" for index in range(4)}
+    for name, axes in scanned.items():
+        assert axes == ("layers", *written[name])
 
 
 def test_scanned_and_written_out_start_from_the_same_numbers() -> None:
-    assert_same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-    assert_same(written_out(parameters(SCANNED)), parameters(CONFIG))
+    scanned, written = (nnx.to_pure_dict(made(config)[1])["blocks"] for config in (SCANNED, CONFIG))
+    jax.tree.map(np.testing.assert_array_equal, written_out(scanned), written)
 
 
-def test_the_batch_has_drops() -> None:
-    _, metrics = outcome(CONFIG)
-    assert all((np.asarray(stats.dropped) > 0).any() for stats in metrics["router"].values())
+def test_a_stack_without_a_repetition_is_not_scanned() -> None:
+    stack = nnx.eval_shape(lambda: make(SCANNED, (False, True, True)))
+    assert axes_by_name(stack)["blocks/layers_0/mlp_norm/scale"] == ("embed",)
+
+
+def test_statistics_have_a_leading_axis_over_sparse_layers_and_show_drops() -> None:
+    _, (_, stats) = outcome(CONFIG)
+    assert stats.expert_load.shape == (2, SIZE)
+    np.testing.assert_array_equal(stats.tokens, [17, 17])
+    assert (np.asarray(stats.dropped) > 0).all()
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_scanned_equals_written_out_in_losses_statistics_and_gradients(remat: bool) -> None:
-    gradients, metrics = outcome(dataclasses.replace(SCANNED, remat=remat))
-    reference, reference_metrics = outcome(CONFIG)
-    assert_close(metrics, reference_metrics)
-    assert_close(written_out(gradients), reference)
+def test_scanned_equals_written_out_in_value_statistics_and_gradients(remat: bool) -> None:
+    gradients, results = outcome(dataclasses.replace(SCANNED, remat=remat))
+    reference, reference_results = outcome(CONFIG)
+    assert_close(results, reference_results)
+    gradients = gradients | {"params": {"blocks": written_out(gradients["params"]["blocks"])}}
+    assert_close(gradients, reference)
 
 
 def test_recomputed_equals_stored() -> None:
-    gradients, metrics = outcome(dataclasses.replace(CONFIG, remat=True))
-    reference, reference_metrics = outcome(CONFIG)
-    assert_close(metrics, reference_metrics)
+    gradients, results = outcome(dataclasses.replace(CONFIG, remat=True))
+    reference, reference_results = outcome(CONFIG)
+    assert_close(results, reference_results)
     assert_close(gradients, reference)
+
+
+def test_scanned_recomputed_and_written_out_draw_the_same_dropout_and_jitter() -> None:
+    gradients, results = outcome(dataclasses.replace(SCANNED, remat=True), random_parts=True)
+    reference, reference_results = outcome(CONFIG, random_parts=True)
+    assert_close(results, reference_results)
+    assert_close(written_out(gradients["params"]["blocks"]), reference["params"]["blocks"])
+    still, _ = outcome(CONFIG)
+    assert (np.asarray(still["x"]) != np.asarray(reference["x"])).any()
