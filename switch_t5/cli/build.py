@@ -16,13 +16,13 @@ from switch_t5.checkpoint.manager import CheckpointConfig
 from switch_t5.cli.configuration import Configuration
 from switch_t5.data.pipeline import DataConfig, evaluation_batches
 from switch_t5.errors import ConfigError
-from switch_t5.inference.evaluator import evaluate
+from switch_t5.inference.evaluator import EVALUATION_METRICS, evaluate
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
 from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
 from switch_t5.partitioning.rules import partitioned
-from switch_t5.routing.capacity import sequences_per_group
+from switch_t5.routing.capacity import group_shape, sequences_per_group
 from switch_t5.training.loop import TrainConfig
 from switch_t5.training.losses import LossConfig
 from switch_t5.training.optimizers import state_axes
@@ -46,24 +46,26 @@ class RunSpec:
     checkpoint: CheckpointConfig
 
     @classmethod
-    def read(cls, configuration: Configuration, data: DataConfig | None = None) -> RunSpec:
+    def read(cls, configuration: Configuration) -> RunSpec:
         """Builds every part, and checks what concerns one part alone.
-
-        Args:
-          configuration: what to read.
-          data: the data's part, where it was built already.
 
         Raises:
           UserError: a value is missing or refused.
         """
-        return cls(
+        spec = cls(
             transformer=configuration.get("TransformerConfig"),
             loss=configuration.get("LossConfig"),
             mesh=configuration.get("MeshConfig"),
-            data=data or configuration.get("DataConfig"),
+            data=configuration.get("DataConfig"),
             train=configuration.get("TrainConfig"),
             checkpoint=configuration.get("CheckpointConfig"),
         )
+        best = spec.checkpoint.keep_best
+        if best is not None and best not in EVALUATION_METRICS:
+            raise ConfigError(
+                "CheckpointConfig.keep_best", f"must be one of {', '.join(EVALUATION_METRICS)}, got {best!r}."
+            )
+        return spec
 
 
 class Run:
@@ -87,16 +89,20 @@ class Run:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """The training state's shapes and dtypes, with shardings."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
-        shardings = self.state_shardings
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self._shapes,
+            self.state_shardings,
         )
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._init, jax.random.key(0))
 
     @functools.cached_property
     def state_shardings(self) -> Any:
         """Where each array of the training state lives: a ``TrainState`` of shardings."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = self._shapes
         params = tree_shardings(self.mesh, shapes.params, self.model.axes)
         axes = state_axes(shapes.opt_state, shapes.params, self.model.axes)
         opt_state = tree_shardings(self.mesh, shapes.opt_state, axes)
@@ -160,7 +166,16 @@ class Run:
     def evaluation_batches(self) -> list[dict[str, np.ndarray]]:
         """The held-out batches, read once and kept: evaluations come often and always see the same."""
         data = dataclasses.replace(self.spec.data, split="validation", shuffle=False)
-        return list(evaluation_batches(data, self.spec.train.eval_batches))
+        try:
+            return list(evaluation_batches(data, self.spec.train.eval_batches))
+        except ConfigError as error:
+            if error.parameter != "DataConfig.split":
+                raise
+            raise ConfigError(
+                "TrainConfig.eval_batches",
+                f"is {self.spec.train.eval_batches}, but {data.mixture_or_task_name} has no validation split; set it "
+                "to 0 to train without evaluations.",
+            ) from None
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Held-out loss and accuracy."""
@@ -203,6 +218,13 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
         )
     length = spec.data.task_feature_lengths["inputs"]
     sequences, share = sequences_per_group(moe.group_size, length), batch // (microbatches * shards)
+    for feature, tokens in spec.data.task_feature_lengths.items():
+        if tokens > moe.group_size and 2 * group_shape(1, tokens, moe.group_size, 1)[1] < moe.group_size:
+            raise ConfigError(
+                "MoEConfig.group_size",
+                f"is {moe.group_size}, but {tokens} tokens of {feature} have no divisor near it; set it to {tokens}, "
+                "or choose another length.",
+            )
     # A group larger than a device's share would depend on the mesh, and so would the result.
     if share % sequences:
         fitting = max(divisor for divisor in range(1, sequences + 1) if share % divisor == 0)

@@ -8,6 +8,7 @@ import math
 import sys
 
 from switch_t5.cli.output import add_json_flag, write_json
+from switch_t5.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,10 @@ def run(args: argparse.Namespace) -> int:
 
     run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
     data, train = run.spec.data, run.spec.train
+    if not train.eval_batches:
+        raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
+    if args.unigram_batches < 1:
+        raise UserError(f"--unigram_batches must be at least 1, got {args.unigram_batches}.")
     params, step = load_params(run, args.checkpoint or train.model_dir)
     result = {"step": step, "task": data.mixture_or_task_name, **run.evaluate(params)}
     held_out = dataclasses.replace(data, split="validation")

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Fills in the texts, or held-out examples, prints them and returns 0."""
     from switch_t5.cli.trained import load_params, open_run
     from switch_t5.data.pipeline import get_vocabulary
-    from switch_t5.data.vocabularies import decode
+    from switch_t5.data.vocabularies import count_sentinels, decode
     from switch_t5.inference.fill_in import encode_blanks, filled, spans
 
     if args.count < 1:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.text:
         length = run.spec.data.task_feature_lengths["inputs"]
         try:
-            inputs = [encode_blanks(text, vocabulary, length) for text in args.text]
+            inputs = [encode_blanks(text, vocabulary, count_sentinels(vocabulary), length) for text in args.text]
         except ValueError as error:
             raise UserError(f"--text {error}.") from None
         targets = [None] * len(inputs)

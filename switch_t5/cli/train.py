@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from switch_t5.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from jax.stages import Compiled
+
     from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import Run
     from switch_t5.cli.configuration import Configuration
-    from switch_t5.data.pipeline import BatchIterator, DataConfig
+    from switch_t5.data.pipeline import BatchIterator
     from switch_t5.training.loop import Recorder
     from switch_t5.training.state import TrainState
 
@@ -26,7 +28,6 @@ MAY_CHANGE = (
     "TrainConfig.train_steps",
     "TrainConfig.*_period",
     "TrainConfig.eval_batches",
-    "TrainConfig.microbatches",
     "CheckpointConfig.*",
     "MeshConfig.*",
     "RuntimeConfig.*",
@@ -40,48 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns 0, or 143 or 130 after a signal, the state saved."""
-    from switch_t5.cli.build import ROOTS
+    from switch_t5.checkpoint.manager import Checkpointer
+    from switch_t5.cli.build import ROOTS, Run, RunSpec
     from switch_t5.cli.configuration import Configuration
+    from switch_t5.training.graceful_stop import GracefulStop
+    from switch_t5.training.loop import train
 
     configuration = Configuration.load(args.gin_file, args.gin_bindings, args.gin_search_paths)
     configuration.check_flags_have_effect([*ROOTS, "RuntimeConfig"])
     configuration.get("RuntimeConfig").apply()
-    data = configuration.get("DataConfig")
-    with ThreadPoolExecutor(1) as pool:
-        # Reading starts here, beside the compilation: both take seconds.
-        batches = pool.submit(_open_data, data)
-        return _train(configuration, data, batches.result)
-
-
-def _open_data(data: DataConfig) -> BatchIterator:
-    from switch_t5.data.pipeline import BatchIterator
-
-    return BatchIterator(data, repeat=True)
-
-
-def _train(configuration: Configuration, data: DataConfig, open_batches: Callable[[], BatchIterator]) -> int:
-    from switch_t5.checkpoint.manager import Checkpointer
-    from switch_t5.cli.build import Run, RunSpec
-    from switch_t5.training.graceful_stop import GracefulStop
-    from switch_t5.training.loop import train
-
-    spec = RunSpec.read(configuration, data)
+    spec = RunSpec.read(configuration)
     with configuration.locating_errors():
         run = Run(spec)
     model_dir = Path(spec.train.model_dir)
-    _settle_configuration(configuration, model_dir)
-    with GracefulStop() as stop, Checkpointer(model_dir, spec.checkpoint) as checkpointer:
-        step_fn = run.compile_train_step()
-        batches = open_batches()
-        with configuration.locating_errors():
-            check_vocabulary(run, batches)
+    _check_restart(configuration, model_dir)
+    step_fn, batches = _prepare(configuration, run)
+    _write_configuration(configuration, model_dir)
+    with Checkpointer(model_dir, spec.checkpoint) as checkpointer:
         state = _first_state(run, checkpointer, batches)
         first_step = int(state.step)
         _banner(run, first_step)
         if first_step >= spec.train.train_steps:
             print(f"{model_dir} is trained to step {first_step} already; raise TRAIN_STEPS to go on.", file=sys.stderr)
             return 0
-        with recorder(run, first_step) as record:
+        with GracefulStop() as stop, recorder(run, first_step) as record:
             state = train(
                 state,
                 spec.train,
@@ -97,12 +80,30 @@ def _train(configuration: Configuration, data: DataConfig, open_batches: Callabl
     return stop.exit_code
 
 
-def _settle_configuration(configuration: Configuration, model_dir: Path) -> None:
-    """Writes ``config.gin``, or refuses a restart that would train something else."""
-    from switch_t5.cli.build import ROOTS
-    from switch_t5.storage import storage_errors, writable_directory
+def _prepare(configuration: Configuration, run: Run) -> tuple[Compiled, BatchIterator]:
+    """Compiles the step in a thread and opens the data beside it: both take seconds.
 
-    writable_directory(model_dir)
+    Raises:
+      UserError: the data cannot be used; nothing was written.
+    """
+    from switch_t5.data.pipeline import BatchIterator
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        compiled = pool.submit(run.compile_train_step)
+        with configuration.locating_errors():
+            batches = BatchIterator(run.spec.data, repeat=True)
+            check_vocabulary(run, batches)
+            if run.spec.train.eval_batches:
+                _ = run.evaluation_batches
+            return compiled.result(), batches
+    finally:
+        # A mistake in the data is told at once, and not after the compilation.
+        pool.shutdown(wait=False)
+
+
+def _check_restart(configuration: Configuration, model_dir: Path) -> None:
+    """Refuses a restart that would train something else."""
     path = model_dir / "config.gin"
     if path.exists() and any((model_dir / "checkpoints").glob("[0-9]*")):
         differences = configuration.difference(path.read_text(), MAY_CHANGE, place=str(path))
@@ -111,6 +112,14 @@ def _settle_configuration(configuration: Configuration, model_dir: Path) -> None
                 f"{model_dir} holds a run with another configuration: {' '.join(differences)} Choose another MODEL_DIR "
                 "(INITIAL_CHECKPOINT_PATH starts it from this run's parameters), or set these as they were."
             )
+
+
+def _write_configuration(configuration: Configuration, model_dir: Path) -> None:
+    """Writes ``config.gin``."""
+    from switch_t5.cli.build import ROOTS
+    from switch_t5.storage import storage_errors, writable_directory
+
+    path = writable_directory(model_dir) / "config.gin"
     with storage_errors(f"Writing {path}"):
         temporary = path.with_suffix(".gin.tmp")
         temporary.write_text(configuration.resolved(ROOTS))
@@ -197,7 +206,9 @@ def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
 def _farewell(step: int, train_steps: int, model_dir: Path) -> None:
     """Says how the run ended and where its files are."""
     files = f"Its metrics are in {model_dir / 'metrics.jsonl'}, its curves in {model_dir / 'tensorboard'}"
-    if step < train_steps:
+    if not step:
+        how = "Stopped before the first step: there is nothing to save yet."
+    elif step < train_steps:
         how = f"Stopped and saved at step {step} of {train_steps}; the same command goes on from there."
     else:
         how = f"Trained to step {step}."

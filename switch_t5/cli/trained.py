@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Se
     configuration = Configuration.load(gin_files, bindings, search_paths)
     configuration.get("RuntimeConfig").apply()
     spec = RunSpec.read(configuration)
+    for file in map(Path, gin_files):
+        # A run's own config.gin says where it was trained; the run is where the file is.
+        if file.name == "config.gin" and (file.parent / "checkpoints").is_dir():
+            spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, model_dir=str(file.parent)))
     if not Path(spec.train.model_dir).is_dir():
         raise UserError(f"MODEL_DIR {spec.train.model_dir} does not exist: train first, or name the folder of a run.")
     with configuration.locating_errors():

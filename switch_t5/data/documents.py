@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -135,6 +136,10 @@ def parse_json_line(line: bytes, path: str, number: int, field: str) -> str:
         raise UserError(f"{where} lacks the field {field!r}; it has {has}.{closest(field, record)}")
     if not isinstance(record[field], str):
         raise UserError(f"{where} has {field}={record[field]!r}, which is not a string.")
+    try:
+        record[field].encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has in {field!r} half of a surrogate pair, which is no text.") from None
     return record[field]
 
 
@@ -154,11 +159,14 @@ def _documents_of(path: str, field: str) -> Iterator[str]:
     if path.endswith(".txt"):
         yield parse_document(epath.Path(path).read_bytes(), path)
         return
-    with epath.Path(path).open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield parse_json_line(line.rstrip(b"\r\n"), path, number, field)
+    try:
+        with epath.Path(path).open("rb") as raw:
+            lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield parse_json_line(line.rstrip(b"\r\n"), path, number, field)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}): is it whole, and compressed as its name says?") from None
 
 
 def _files_below(folder: epath.Path) -> Iterator[str]:

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,11 +131,23 @@ def train_sentencepiece(
     import sentencepiece
 
     _check_size(size, extra_ids, "A new vocabulary")
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file: name the file that the vocabulary is to be written to.")
     folder = writable_directory(Path(path).parent, "The vocabulary's folder")
     model = io.BytesIO()
+    mistakes: list[UserError] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from filter(str.strip, text.splitlines())
+        except UserError as mistake:  # SentencePiece makes its own error of whatever is raised here.
+            mistakes.append(mistake)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=size,
             model_type="unigram",
@@ -150,7 +162,9 @@ def train_sentencepiece(
             num_threads=4,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError) as error:
+        if mistakes:
+            raise mistakes[0] from None
         raise UserError(_training_failure(str(error), size)) from None
     with storage_errors(f"Writing {path}"):
         _write_atomically(model.getvalue(), Path(path), folder)

@@ -33,7 +33,8 @@ def greedy_decode(model: Model, params: Params, encoder_tokens: Array, *, max_le
 
     def step(carry: tuple[Array, Array], position: Array) -> tuple[tuple[Array, Array], Array]:
         inputs, ended = carry
-        mask = jnp.broadcast_to(jnp.arange(max_length) <= position, inputs.shape)
+        # Past its end a row is padding, which must not take an expert's slot from the others.
+        mask = (jnp.arange(max_length) <= position) & ~ended[:, None]
         hidden, _ = module.decode(encoded, encoder_tokens, inputs, mask)
         here = jax.lax.dynamic_index_in_dim(hidden, position, axis=1, keepdims=False)
         token = jnp.where(ended, 0, jnp.argmax(logits(here, kernel), axis=-1)).astype(jnp.int32)
@@ -41,6 +42,7 @@ def greedy_decode(model: Model, params: Params, encoder_tokens: Array, *, max_le
         inputs = inputs.at[:, position + 1].set(token, mode="drop")
         return (inputs, ended | (token == eos_id)), token
 
-    start = jnp.zeros((batch, max_length), jnp.int32), jnp.zeros(batch, bool)
+    nothing_to_read = jnp.all(encoder_tokens == 0, axis=-1)
+    start = jnp.zeros((batch, max_length), jnp.int32), nothing_to_read
     _, tokens = jax.lax.scan(step, start, jnp.arange(max_length))
     return tokens.T

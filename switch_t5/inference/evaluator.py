@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+EVALUATION_METRICS = ("loss", "accuracy", "tokens")
+"""What :func:`evaluate` returns."""
+
 
 def evaluate(
     eval_step: Callable[[Any, Any], dict[str, Any]],

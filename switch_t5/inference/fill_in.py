@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ BLANK = re.compile(r"_{3,}")
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
-def encode_blanks(text: str, vocabulary: Any, length: int) -> np.ndarray:
+def encode_blanks(text: str, vocabulary: Any, sentinels: int, length: int) -> np.ndarray:
     """Tokens of a text whose ``___`` are masked spans.
 
     Args:
       text: with at least one blank.
       vocabulary: a seqio vocabulary, whose last entries are the sentinels.
+      sentinels: how many it has.
       length: of the result.
 
     Returns:
@@ -31,9 +31,11 @@ def encode_blanks(text: str, vocabulary: Any, length: int) -> np.ndarray:
     parts = BLANK.split(text)
     if len(parts) == 1:
         raise ValueError("has no blank; write ___ where words are missing")
+    if len(parts) - 1 > sentinels:
+        raise ValueError(f"has {len(parts) - 1} blanks, more than the vocabulary's {sentinels} sentinels")
     tokens: list[int] = []
     for index, part in enumerate(parts):
-        tokens += vocabulary.encode(part.strip()) if part.strip() else []
+        tokens += vocabulary.encode(part)
         if index < len(parts) - 1:
             tokens.append(vocabulary.vocab_size - 1 - index)
     tokens.append(vocabulary.eos_id)
@@ -48,7 +50,6 @@ def spans(text: str) -> dict[int, str]:
     return {int(number): words.strip() for number, words in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
-def filled(masked: str, words: dict[int, str], marks: Sequence[str] = ("[", "]")) -> str:
-    """A masked text with each sentinel replaced by the words for it, or by ``...`` where there are none."""
-    before, after = marks
-    return _SENTINEL.sub(lambda match: f"{before}{words.get(int(match[1]), '...')}{after}", masked)
+def filled(masked: str, words: dict[int, str]) -> str:
+    """A masked text with each sentinel replaced by the words for it, in brackets; ``...`` where there are none."""
+    return _SENTINEL.sub(lambda match: f"[{words.get(int(match[1]), '...')}]", masked)

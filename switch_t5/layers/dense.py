@@ -76,5 +76,7 @@ class FeedForward(nnx.Module):
             branch = ACTIVATIONS[activation](x @ getattr(self, name)[...].astype(x.dtype))
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
-        hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng)
+        # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
+        shared = None if hidden_axes[0] == "expert" else -2
+        hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng, broadcast_dim=shared)
         return jnp.matmul(hidden, self.wo[...].astype(x.dtype))

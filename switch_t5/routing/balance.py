@@ -96,7 +96,7 @@ class RouterStats:
 
     def means(self) -> dict[str, Array]:
         """Means over tokens: ``fraction_dropped``, ``expert_load`` (as fractions) and the others by name."""
-        tokens = jnp.maximum(self.tokens, 1)
+        tokens = self.tokens + (self.tokens == 0)  # Of host arrays too, without a trip to a device.
         return {
             "load_balance_loss": self.load_balance_loss / tokens,
             "router_z_loss": self.router_z_loss / tokens,

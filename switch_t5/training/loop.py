@@ -56,6 +56,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if "://" in self.model_dir:
+            raise ConfigError("TrainConfig.model_dir", f"must be a local or mounted folder, got {self.model_dir!r}.")
         for field, least in {
             "train_steps": 1,
             "microbatches": 1,
@@ -134,9 +136,9 @@ def scalars(metrics: Metrics) -> dict[str, float]:
     values = {"loss": float(metrics["loss"])}
     values |= {name: float(value) for name, value in metrics.items() if name not in ("loss", "router")}
     for stack, stats in metrics["router"].items():
-        for name, means in stats.means().items():
-            if name in ("fraction_dropped", "router_entropy", "router_confidence"):
-                values |= {f"{stack}/{layer}/{name}": float(mean) for layer, mean in enumerate(means)}
+        means = stats.means()
+        for name in ("fraction_dropped", "router_entropy", "router_confidence"):
+            values |= {f"{stack}/{layer}/{name}": float(mean) for layer, mean in enumerate(means[name])}
     return values
 
 
@@ -180,11 +182,12 @@ def train(
     step = int(state.step)
     if step == 0 and config.eval_batches:
         recorder.evaluation(0, evaluate(state.params))
-    first = step + 1
-    while step < config.train_steps and not stop.requested:
+    first, stopping = step + 1, stop.requested
+    while step < config.train_steps and not stopping:
         state, metrics = step_fn(state, place(next(batches)))
         step += 1
-        last = step == config.train_steps
+        # Asked once a step: a signal that comes later must find the next step's save.
+        last, stopping = step == config.train_steps, stop.requested
         if step == first:
             jax.block_until_ready(metrics["loss"])
             recorder.speedometer.start(step)
@@ -198,7 +201,7 @@ def train(
                 evaluated = evaluate(state.params)
             recorder.evaluation(step, evaluated)
 
-        if last or stop.requested or _due(step, config.checkpoint_period):
+        if last or stopping or _due(step, config.checkpoint_period):
             recorder.metrics.sync()
             checkpointer.save(step, state, batches.get_state(), evaluated)
     checkpointer.wait()

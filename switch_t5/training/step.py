@@ -44,7 +44,8 @@ def train_step(
     if microbatches == 1:
         grads, metrics = gradient(state.params, batch, rng)
     else:
-        grads, metrics = accumulate(gradient, state.params, batch, rng, microbatches)
+        sequences = model.sequences_per_group(batch["encoder_input_tokens"].shape[1])
+        grads, metrics = accumulate(gradient, state.params, batch, rng, microbatches, sequences)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast("Params", optax.apply_updates(state.params, updates))
@@ -72,14 +73,18 @@ def batch_loss(
     return loss, {"loss": loss, **parts, **router, "router": stats.stacks()}
 
 
-def accumulate(gradient: Any, params: Params, batch: Batch, rng: Array, microbatches: int) -> tuple[Params, Metrics]:
+def accumulate(
+    gradient: Any, params: Params, batch: Batch, rng: Array, microbatches: int, sequences: int
+) -> tuple[Params, Metrics]:
     """Sums gradients and metrics over equal parts of a batch, one at a time.
 
-    Sequences are dealt in turn, so that each part keeps an equal share of every device's sequences.
+    Routing groups, of so many ``sequences``, are dealt whole and in turn, so that no group changes and each part
+    keeps an equal share of every device's sequences.
     """
 
     def deal(x: Array) -> Array:
-        return jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
+        dealt = jnp.swapaxes(x.reshape(-1, microbatches, sequences, *x.shape[1:]), 0, 1)
+        return dealt.reshape(microbatches, -1, *x.shape[1:])
 
     parts: Mapping[str, Array] = {name: deal(x) for name, x in batch.items()}
 

@@ -20,6 +20,11 @@ MISTAKES = {
     "--gin.TransformerConfig.vocab_size=128": "TransformerConfig.vocab_size is 128, smaller than the vocabulary",
     "--gin.DataConfig.mixture_or_task_name=sotu_span_coruption": "sotu_span_corruption",
     "--gin.TransformerConfig.num_heads=3": "heads",
+    "--gin.TEXTS=/nowhere/*.txt": "/nowhere/*.txt",
+    "--gin.DataConfig.task_feature_lengths={'inputs': 32, 'targets': 4}": "targets",
+    "--gin.MODEL_DIR=/dev/null/run": "/dev/null/run cannot be written",
+    "--gin.MODEL_DIR=gs://bucket/run": "must be a local or mounted folder",
+    "--gin.MoEConfig.train_capacity_factor=1e999": "train_capacity_factor must be",
 }
 
 
@@ -31,5 +36,16 @@ def test_a_mistake_is_one_sentence(program: Program, tmp_path: Path, flag: str) 
     assert MISTAKES[flag] in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("switch-t5:") == 1
-    assert not (model_dir / "checkpoints").exists() or not any((model_dir / "checkpoints").iterdir())
-    assert not (model_dir / "metrics.jsonl").exists()
+    assert not model_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("content", "sentence"), [(b"", "is empty"), (b"caf\xe9", "is not UTF-8")])
+def test_a_text_file_that_cannot_be_used_is_one_sentence(
+    program: Program, tmp_path: Path, content: bytes, sentence: str
+) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    done = program.run("train", tmp_path / "run", f"--gin.TEXTS={tmp_path}/*.txt", code=2)
+    assert f"bad.txt {sentence}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -29,19 +30,22 @@ def _entries(model_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
-def _logged_steps(model_dir: Path) -> int:
+def _logged(model_dir: Path, step: int, since: float) -> bool:
+    """Whether a process that started at ``since`` has logged so many steps."""
     path = model_dir / "metrics.jsonl"
-    return path.read_bytes().count(b'"learning_rate"') if path.exists() else 0
+    if not path.exists() or path.stat().st_mtime < since:
+        return False
+    return path.read_bytes().count(b'"learning_rate"') >= step
 
 
-def _assert_same_run(one: Path, other: Path) -> None:
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+def _assert_same_run(one: Path, other: Path, note: str = "") -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes(), note
     with Checkpointer(one, read_only=True) as first, Checkpointer(other, read_only=True) as second:
         assert first.latest_step() == second.latest_step() == STEPS
         left, right = first.restore_numpy(), second.restore_numpy()
     assert left.keys() == right.keys()
     for name, value in left.items():
-        assert value.tobytes() == right[name].tobytes(), name
+        assert value.tobytes() == right[name].tobytes(), f"{name} {note}"
 
 
 def test_each_step_is_logged_once_and_evaluations_carry_their_task(uninterrupted: Path) -> None:
@@ -54,19 +58,23 @@ def test_each_step_is_logged_once_and_evaluations_carry_their_task(uninterrupted
 def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one_bitwise(
     program: Program, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    model_dir, random = tmp_path / "killed", np.random.default_rng()
-    moments = sorted(random.choice(np.arange(1, STEPS - 5), 2, replace=False))
-    for moment in moments:
+    model_dir, seed = tmp_path / "killed", int.from_bytes(os.urandom(4))
+    random = np.random.default_rng(seed)
+    killed = 0
+    for moment in sorted(random.choice(np.arange(1, STEPS - 10), 2, replace=False)):
+        started = time.time()
         process = program.start("train", model_dir)
-        while _logged_steps(model_dir) < moment and process.poll() is None:
+        while process.poll() is None and not _logged(model_dir, moment, started):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
-        # A run may be quicker than the kill; that it failed by itself would be another matter.
-        assert process.returncode in (-signal.SIGKILL, 0), f"moments {moments}: {errors}"
+        # A run may end before the kill; that it failed by itself would be another matter.
+        assert process.returncode in (-signal.SIGKILL, 0), f"seed {seed}: {errors}"
+        killed += process.returncode == -signal.SIGKILL
+    assert killed, f"seed {seed}: no run was killed"
     program.run("train", model_dir)
-    _assert_same_run(uninterrupted, model_dir)
+    _assert_same_run(uninterrupted, model_dir, f"seed {seed}")
 
 
 def test_sigterm_saves_says_how_to_go_on_and_changes_nothing(
@@ -74,7 +82,7 @@ def test_sigterm_saves_says_how_to_go_on_and_changes_nothing(
 ) -> None:
     model_dir = tmp_path / "stopped"
     process = program.start("train", model_dir)
-    while _logged_steps(model_dir) < 4 and process.poll() is None:
+    while process.poll() is None and not _logged(model_dir, 4, since=0):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
@@ -108,4 +116,4 @@ def test_a_trained_run_is_evaluated_and_fills_blanks(program: Program, uninterru
     assert (result["step"], result["loss"]) == (STEPS, last["loss"])
     assert result["unigram_loss"] > 0
     done = program.run("infer", uninterrupted, "--text=abcd ___ efgh", "--json=-")
-    assert json.loads(done.stdout)[0]["input"] == "abcd<extra_id_0>efgh"
+    assert json.loads(done.stdout)[0]["input"] == "abcd <extra_id_0> efgh"

@@ -55,10 +55,12 @@ def test_attend_equals_a_float64_softmax_in_value_and_gradient(case: str, with_p
     bias = jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
 
     def ours(*arrays: Array) -> Array:
-        return attend(*arrays[:3], bias, arrays[3] if with_positions else None)
+        query, key, value = arrays[:3]
+        return attend(query, key, value, bias, arrays[3] if with_positions else None)
 
     def plain(*arrays: Array) -> Array:
-        return plain_attend(*arrays[:3], visible, arrays[3] if with_positions else None)
+        query, key, value = arrays[:3]
+        return plain_attend(query, key, value, jnp.asarray(visible), arrays[3] if with_positions else None)
 
     @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, arrays, cotangent):

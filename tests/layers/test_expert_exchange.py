@@ -39,12 +39,14 @@ def compiled(mesh_config: MeshConfig, *, gradient: bool) -> list[tuple[str, list
     layer = SwitchFeedForward(CONFIG, FEATURES, HIDDEN, ("relu",), "paper", rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
 
-    def place(param: nnx.Param) -> nnx.Param:
+    def place(param: nnx.Param) -> Any:
         sharding = named_sharding(mesh, param.get_metadata()["axes"], param.shape)
         return param.replace(jax.device_put(param[...], sharding))
 
     params = jax.tree.map(place, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    x = jnp.ones((BATCH, LENGTH, FEATURES), device=named_sharding(mesh, ("batch", None, None), (BATCH, LENGTH, FEATURES)))
+    x = jnp.ones(
+        (BATCH, LENGTH, FEATURES), device=named_sharding(mesh, ("batch", None, None), (BATCH, LENGTH, FEATURES))
+    )
     mask = jnp.ones((BATCH, LENGTH), bool, device=named_sharding(mesh, ("batch", None), (BATCH, LENGTH)))
 
     def forward(params: Any, x: Array) -> tuple[Array, Any]:
@@ -56,7 +58,9 @@ def compiled(mesh_config: MeshConfig, *, gradient: bool) -> list[tuple[str, list
 
     with partitioned(mesh):
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else forward).lower(params, x)
-    return collectives(lowered.compile().as_text())
+    program = lowered.compile().as_text()
+    assert program is not None
+    return collectives(program)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])

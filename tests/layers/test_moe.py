@@ -23,7 +23,9 @@ CONFIG = MoEConfig(EXPERTS, group_size=16, train_capacity_factor=1.0, eval_capac
 SEQUENCES = 2
 
 
-def make_layer(config: MoEConfig = CONFIG, activations: tuple[str, ...] = ("relu",), seed: int = 0) -> SwitchFeedForward:
+def make_layer(
+    config: MoEConfig = CONFIG, activations: tuple[str, ...] = ("relu",), seed: int = 0
+) -> SwitchFeedForward:
     """A layer whose router is decided enough to load its experts unevenly."""
     layer = SwitchFeedForward(config, FEATURES, HIDDEN, activations, "t5x", rngs=nnx.Rngs(seed))
     shape = (FEATURES, config.num_experts)
@@ -181,7 +183,9 @@ def test_without_a_key_training_and_evaluation_differ_by_capacity_alone() -> Non
 
 
 def test_expert_dropout_acts_inside_the_experts_at_its_own_rate() -> None:
-    config = MoEConfig(EXPERTS, jitter_noise=0.0, expert_dropout_rate=0.75, train_capacity_factor=4.0, eval_capacity_factor=4.0)
+    config = MoEConfig(
+        EXPERTS, jitter_noise=0.0, expert_dropout_rate=0.75, train_capacity_factor=4.0, eval_capacity_factor=4.0
+    )
     layer = SwitchFeedForward(config, FEATURES, 2000, ("relu",), "t5x", rngs=nnx.Rngs(0))
     # Every hidden feature is 1 and the output's first feature their sum.
     layer.experts.wi[...] = jnp.zeros((EXPERTS, FEATURES, 2000)).at[:, 0].set(1.0)
@@ -195,6 +199,8 @@ def test_expert_dropout_acts_inside_the_experts_at_its_own_rate() -> None:
     np.testing.assert_allclose(dropped / 4, 500, atol=80)
     np.testing.assert_array_equal(dropped / 4, np.round(dropped / 4))
     assert (dropped != 2000).all()
+    # Each slot draws for itself.
+    assert len(np.unique(dropped)) > 8
 
 
 def test_capacity_follows_the_configuration() -> None:

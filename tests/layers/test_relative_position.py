@@ -20,9 +20,7 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "huggingface" / "swit
 
 
 def buckets(relative: list[int] | np.ndarray, *, bidirectional: bool) -> np.ndarray:
-    return relative_position_bucket(
-        np.asarray(relative), bidirectional=bidirectional, num_buckets=32, max_distance=128
-    )
+    return relative_position_bucket(np.asarray(relative), bidirectional=bidirectional, num_buckets=32, max_distance=128)
 
 
 def exact_bucket(relative: int, *, bidirectional: bool) -> int:

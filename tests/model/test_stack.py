@@ -31,7 +31,7 @@ CONFIG = TransformerConfig(
     num_decoder_layers=1,
     dropout_rate=0.1,
     initialization="t5x",
-    moe=MoEConfig(SIZE, group_size=2 * LENGTH, train_capacity_factor=1.0, min_expert_capacity=1),
+    moe=MoEConfig(SIZE, group_size=2 * LENGTH, train_capacity_factor=0.5, min_expert_capacity=1),
     decoder_sparse_layers="none",
 )
 SCANNED = dataclasses.replace(CONFIG, scan_layers=True)

@@ -91,9 +91,7 @@ def params() -> Params:
 
 
 def batch_of(golden: dict[str, np.ndarray], prefix: str) -> dict[str, Array]:
-    return {
-        name.removeprefix(prefix): jnp.asarray(value) for name, value in golden.items() if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): jnp.asarray(value) for name, value in golden.items() if name.startswith(prefix)}
 
 
 @functools.cache
@@ -106,7 +104,7 @@ def forward(capacity_factor: float) -> Any:
     def run(params: Params, batch: dict[str, Array]) -> tuple[Array, Array, tuple[Array, Array]]:
         module = model.bind(params)
         hidden, stats = module(batch)
-        dropped = sum(jnp.sum(stack.dropped) for stack in stats.stacks().values())
+        dropped = sum((jnp.sum(stack.dropped) for stack in stats.stacks().values()), jnp.zeros(()))
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         sums = cross_entropy(hidden, module.output_kernel(), targets, weights, z_loss=1e-4)
         return logits(hidden, module.output_kernel()), dropped, sums

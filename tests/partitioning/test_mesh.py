@@ -53,9 +53,7 @@ def test_a_mesh_takes_the_first_devices() -> None:
         ),
     ],
 )
-def test_a_mesh_that_the_devices_cannot_make_is_refused_by_name(
-    config: MeshConfig, parameter: str, part: str
-) -> None:
+def test_a_mesh_that_the_devices_cannot_make_is_refused_by_name(config: MeshConfig, parameter: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_mesh(config)
     assert caught.value.parameter == parameter

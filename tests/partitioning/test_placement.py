@@ -62,5 +62,5 @@ def test_a_models_parameters_have_their_shardings(mesh: Mesh) -> None:
 
 def test_an_error_names_the_parameter_by_its_path(mesh: Mesh) -> None:
     model = small_model(num_heads=3)
-    with pytest.raises(ConfigError, match="^decoder/relative_position/embedding has 'heads' of size 3, which 2"):
+    with pytest.raises(ConfigError, match=r"^decoder/relative_position/embedding has 'heads' of size 3, which 2"):
         tree_shardings(mesh, model.abstract_params, model.axes)

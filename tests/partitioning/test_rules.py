@@ -43,9 +43,7 @@ def test_every_rule_names_axes_of_the_mesh() -> None:
 def test_an_unmatched_name_is_an_error_that_names_the_parameter_and_the_nearest_axis() -> None:
     with pytest.raises(ConfigError) as caught:
         partition_spec(("embed", "head"), name="decoder/query")
-    assert str(caught.value) == (
-        "decoder/query has the logical axis 'head', which no rule maps. Did you mean 'heads'?"
-    )
+    assert str(caught.value) == ("decoder/query has the logical axis 'head', which no rule maps. Did you mean 'heads'?")
 
 
 def test_two_dimensions_on_one_mesh_axis_are_an_error_that_names_the_parameter_and_both() -> None:

@@ -45,7 +45,9 @@ def test_router_losses_are_flaxformers_where_nothing_is_padding(golden: dict[str
     probs, mask = jnp.asarray(golden["router_probs"]), jnp.ones((2, 24), bool)
     stats = router_stats(jnp.asarray(golden["router_logits"]), probs, top_1(probs, 4, mask), mask)
     means = jax.tree.map(float, {k: v for k, v in stats.means().items() if k.endswith("loss")})
-    assert means["load_balance_loss"] == pytest.approx(float(golden["masked_k1_bpr0_ign0_cap4/auxiliary_loss"]), rel=1e-6)
+    assert means["load_balance_loss"] == pytest.approx(
+        float(golden["masked_k1_bpr0_ign0_cap4/auxiliary_loss"]), rel=1e-6
+    )
     assert means["router_z_loss"] == pytest.approx(float(golden["masked_k1_bpr0_ign0_cap4/router_z_loss"]), rel=1e-6)
 
 

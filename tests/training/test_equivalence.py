@@ -1,8 +1,9 @@
-"""Ways of computing one step that must agree: by microbatches, by another dispatch, scanned, and once more."""
+"""Ways of computing one step that must agree: by microbatches of several routing groups, by another dispatch, scanned."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ CONFIG = TransformerConfig(
     num_heads=2,
     head_dim=8,
     mlp_dim=32,
-    num_encoder_layers=4,
-    num_decoder_layers=4,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
     # Two sequences a group, and room for few: some tokens are dropped, so that order and grouping matter.
     moe=MoEConfig(num_experts=4, group_size=32, train_capacity_factor=1.0, jitter_noise=0.0),
 )
@@ -47,18 +48,14 @@ def batch() -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in features.items()}
 
 
-def _step(
-    config: TransformerConfig, batch: Any, params: Any = None, *, seed: int = 0, step: int = 0, **more: Any
-) -> Any:
+def _step(config: TransformerConfig, batch: Any, *, microbatches: int = 1) -> Any:
     """Parameters' gradient (by a step of size 1) and metrics."""
     model = Model(config)
     optimizer = sgd(1.0)(model.axes)
-    params = model.init(jax.random.key(0)) if params is None else params
-    state = TrainState(jnp.asarray(step, jnp.int32), params, optimizer.init(params))
-    run = jax.jit(
-        lambda state: train_step(state, batch, model=model, optimizer=optimizer, config=LOSS, seed=seed, **more)
-    )
-    after, metrics = run(state)
+    params = model.init(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = functools.partial(train_step, model=model, optimizer=optimizer, config=LOSS, microbatches=microbatches)
+    after, metrics = jax.jit(step)(state, batch)
     return jax.tree.map(jnp.subtract, params, after.params), metrics
 
 
@@ -66,19 +63,12 @@ def _assert_close(one: Any, other: Any, atol: float = 2e-6) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), one, other)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_give_the_whole_batchs_gradients_and_metrics(batch: Any, microbatches: int) -> None:
+def test_microbatches_give_the_whole_batchs_gradients_and_metrics(batch: Any) -> None:
     gradients, metrics = _step(CONFIG, batch)
-    parts, part_metrics = _step(CONFIG, _dealt(batch, microbatches), microbatches=microbatches)
+    parts, part_metrics = _step(CONFIG, batch, microbatches=2)
     assert float(metrics["router"]["encoder"].dropped.sum()) > 0
     _assert_close(metrics, part_metrics, atol=1e-4)
     _assert_close(gradients, parts)
-
-
-def _dealt(batch: Any, microbatches: int) -> Any:
-    """The sequences in the order in which dealing them to microbatches restores the routing groups."""
-    order = np.arange(8).reshape(microbatches, -1).T.ravel()
-    return {name: value[order] for name, value in batch.items()}
 
 
 def test_gathered_and_one_hot_dispatch_give_the_same_step(batch: Any) -> None:
@@ -89,8 +79,9 @@ def test_gathered_and_one_hot_dispatch_give_the_same_step(batch: Any) -> None:
 
 
 def test_scanned_and_written_out_layers_give_the_same_step(batch: Any) -> None:
-    gradients, metrics = _step(CONFIG, batch)
-    scanned, scanned_metrics = _step(dataclasses.replace(CONFIG, scan_layers=True), batch)
+    deep = dataclasses.replace(CONFIG, num_encoder_layers=4, num_decoder_layers=4)
+    gradients, metrics = _step(deep, batch)
+    scanned, scanned_metrics = _step(dataclasses.replace(deep, scan_layers=True), batch)
     _assert_close(metrics, scanned_metrics)
     for stack in ("encoder", "decoder"):
         blocks = gradients[stack]["stack"]["blocks"]
@@ -98,11 +89,3 @@ def test_scanned_and_written_out_layers_give_the_same_step(batch: Any) -> None:
             both = (blocks[f"layers_{place}"], blocks[f"layers_{place + 2}"])
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
             _assert_close(stacked, scanned[stack]["stack"]["blocks"][f"layers_{place}"])
-
-
-def test_a_step_is_a_function_of_seed_and_step_alone(batch: Any) -> None:
-    random = dataclasses.replace(CONFIG, dropout_rate=0.3)
-    one, again = _step(random, batch, step=5), _step(random, batch, step=5)
-    jax.tree.map(np.testing.assert_array_equal, one, again)
-    for other in (_step(random, batch, step=6), _step(random, batch, step=5, seed=1)):
-        assert float(one[1]["loss"]) != float(other[1]["loss"])

@@ -1,14 +1,24 @@
-"""Small random batches, packed and not."""
+"""Random parameters and small batches, packed and not."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.types import Array
+from switch_t5.model.functional import Model
+from switch_t5.types import Array, Params
 
 Example = tuple[np.ndarray, np.ndarray]
 """Inputs and targets of one example."""
+
+
+def random_params(model: Model, *, scale: float = 0.3, seed: int = 0) -> Params:
+    """Parameters from NumPy, which takes no compilation; norms and all are drawn around 0."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(scale * random.normal(size=leaf.shape), leaf.dtype), model.abstract_params
+    )
 
 
 def examples(lengths: list[tuple[int, int]], *, vocab_size: int = 32, seed: int = 0) -> list[Example]:
