@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -88,7 +89,7 @@ def written_out(blocks: Params) -> Params:
     """The parameters of two scanned periods under the names that they have without a scan."""
     period = len(blocks)
     return {
-        f"layers_{repeat * period + index}": jax.tree.map(lambda leaf: leaf[repeat], blocks[f"layers_{index}"])
+        f"layers_{repeat * period + index}": jax.tree.map(operator.itemgetter(repeat), blocks[f"layers_{index}"])
         for repeat in range(2)
         for index in range(period)
     }

@@ -74,9 +74,7 @@ def run(mesh_config: MeshConfig, config: TransformerConfig = CONFIG) -> tuple[li
     )
     state = jax.device_put(state, shardings)
     step_function = jax.jit(
-        functools.partial(
-            train_step, model=model, optimizer=optimizer, config=LossConfig(router_z_loss_weight=1e-2)
-        ),
+        functools.partial(train_step, model=model, optimizer=optimizer, config=LossConfig(router_z_loss_weight=1e-2)),
         out_shardings=(shardings, None),
     )
     history = []

@@ -1,4 +1,4 @@
-"""Ways of computing one step that must agree: by microbatches of several routing groups, by another dispatch, scanned."""
+"""Ways of computing one step that must agree: microbatches of several groups, another dispatch, a scan."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -189,4 +190,4 @@ def test_a_few_steps_lower_the_loss() -> None:
     for _ in range(10):
         state, metrics = run(state, batch())
         losses.append(float(metrics["cross_entropy"]))
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
