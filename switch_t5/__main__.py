@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from switch_t5.cli.main import main
+from switch_t5.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

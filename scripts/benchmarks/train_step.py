@@ -8,6 +8,7 @@ that a noisy machine troubles both alike. The floor is one program of all the ma
 contains, forward and both of each one's derivatives, on arrays of the same shapes and batching, and nothing else.
 ``--peers`` times Hugging Face's model of the same sizes with its Adafactor, where transformers and torch are
 installed (``--peer_python`` names an interpreter that has them), alternating with this project's rows.
+``--large_pages`` gives every row, the peer's too, the malloc that ``switch-t5`` starts itself with.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from switch_t5.cli.allocator import large_page_environment
+
 EMB, MLP, HEADS, HEAD_DIM, LAYERS, VOCAB = 256, 1024, 4, 64, 4, 32128
 BATCH, ENCODER_LENGTH, DECODER_LENGTH = 8, 512, 114
 CAPACITY_FACTOR = 1.25
@@ -37,6 +40,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two rows of three steps, to see that it runs")
     parser.add_argument("--peers", action="store_true", help="also time Hugging Face's model")
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with transformers and torch")
+    parser.add_argument(
+        "--large_pages", action="store_true", help="ask malloc for large pages and kept memory, as switch-t5 does"
+    )
     parser.add_argument("--json", help="where to write the rows; - is standard output")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peer_row", type=int, help=argparse.SUPPRESS)
@@ -49,11 +55,12 @@ def main() -> int:
         print(json.dumps(measure_peer(args.peer_row, repeats)))
         return 0
 
+    allocator = large_page_environment() if args.large_pages else {}
     rows = []
     for experts in [0, 8] if args.quick else [int(word) for word in args.experts.split(",")]:
-        rows.append(_in_process(sys.executable, "--row", experts, repeats))
+        rows.append(_in_process(sys.executable, "--row", experts, repeats, allocator))
         if args.peers and experts <= 64:
-            rows.append(_in_process(args.peer_python, "--peer_row", experts, repeats))
+            rows.append(_in_process(args.peer_python, "--peer_row", experts, repeats, allocator))
     text = json.dumps(rows, indent=1)
     if args.json == "-":
         print(text)
@@ -64,9 +71,9 @@ def main() -> int:
     return 0
 
 
-def _in_process(python: str, flag: str, experts: int, repeats: int) -> dict[str, Any]:
+def _in_process(python: str, flag: str, experts: int, repeats: int, allocator: dict[str, str]) -> dict[str, Any]:
     command = [python, __file__, f"{flag}={experts}", f"--repeats={repeats}"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, **allocator, "PYTHONPATH": str(Path(__file__).parents[2])}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])
 

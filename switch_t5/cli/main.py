@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from switch_t5 import __version__
+from switch_t5.cli.allocator import restart_with_large_pages
 from switch_t5.errors import UserError, closest
 
 # Exit codes.
@@ -45,6 +46,13 @@ COMMANDS = {
     "infer": Command("switch_t5.cli.infer", "let a trained model write"),
     "data": Command("switch_t5.cli.data", "list tasks, look at batches, train a vocabulary", takes_gin=False),
 }
+
+
+def program() -> int:
+    """The entry of the console: :func:`main`, with large pages where the command may train or run a model."""
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS and COMMANDS[sys.argv[1]].takes_gin:
+        restart_with_large_pages()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from flax import nnx
 from switch_t5.layers.dropout import dropout
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
-from switch_t5.partitioning.rules import constrain
+from switch_t5.partitioning.rules import constrain, is_partitioned
 from switch_t5.types import Array, Axes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -73,10 +73,39 @@ class FeedForward(nnx.Module):
         """
         hidden = None
         for name, activation in zip(self._input_names(), self.activations, strict=True):
-            branch = ACTIVATIONS[activation](x @ getattr(self, name)[...].astype(x.dtype))
+            branch = ACTIVATIONS[activation](_matmul(x, getattr(self, name)[...].astype(x.dtype)))
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
         # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
         shared = None if hidden_axes[0] == "expert" else -2
         hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng, broadcast_dim=shared)
-        return jnp.matmul(hidden, self.wo[...].astype(x.dtype))
+        return _matmul(hidden, self.wo[...].astype(x.dtype))
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    """``x @ kernel``, so that an optimizer may write a large expert kernel in place."""
+    return _expert_matmul(x, kernel) if kernel.ndim == 3 and not is_partitioned() else x @ kernel
+
+
+@jax.custom_vjp
+def _expert_matmul(x: Array, kernel: Array) -> Array:
+    """``[expert, tokens, embed] @ [expert, embed, mlp]`` on one device.
+
+    XLA's CPU backend copies a donated parameter unless every product that reads it comes, in the flow of data, before
+    the update that overwrites it. The gradient of ``x`` is such a product, so the kernel's gradient is made to follow
+    it: it adds zero times one of its entries.
+    """
+    return x @ kernel
+
+
+def _expert_matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _expert_matmul_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    dx = dy @ jnp.swapaxes(kernel, 1, 2)
+    return dx, jnp.swapaxes(x, 1, 2) @ dy + 0 * dx[:, :1, :1]
+
+
+_expert_matmul.defvjp(_expert_matmul_forward, _expert_matmul_backward)

@@ -104,6 +104,12 @@ def partitioned(mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> Iterator[None]
         _active.reset(token)
 
 
+def is_partitioned() -> bool:
+    """Whether what is being traced will run on more than one device."""
+    active = _active.get()
+    return active is not None and active[0].size > 1
+
+
 def constrain(x: Array, axes: Axes) -> Array:
     """Fixes how an activation is sharded; outside :func:`partitioned` it returns ``x`` as it is."""
     active = _active.get()

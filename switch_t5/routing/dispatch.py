@@ -46,7 +46,7 @@ class Gather:
         """See :class:`Dispatcher`."""
         rows = y.reshape(y.shape[0], assignment.num_experts * assignment.capacity, y.shape[-1])
         weight = assignment.weight.astype(y.dtype)
-        return _take_rows(rows, assignment.slot, assignment.token) * weight[..., None]
+        return _scale_rows(_take_rows(rows, assignment.slot, assignment.token), weight)
 
 
 class Einsum:
@@ -96,3 +96,25 @@ def _take_rows_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Arra
 
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@jax.custom_vjp
+def _scale_rows(rows: Array, weight: Array) -> Array:
+    """``[G, S, D]`` times ``[G, S]``.
+
+    The weight's gradient is a product with ones: the sum that it is would be fused with the broadcast that
+    follows, and computed slowly.
+    """
+    return rows * weight[..., None]
+
+
+def _scale_rows_forward(rows: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rows * weight[..., None], (rows, weight)
+
+
+def _scale_rows_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    rows, weight = residuals
+    return dy * weight[..., None], (dy * rows) @ jnp.ones(rows.shape[-1], rows.dtype)
+
+
+_scale_rows.defvjp(_scale_rows_forward, _scale_rows_backward)

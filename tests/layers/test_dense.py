@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 
 from switch_t5.layers.dense import FeedForward
+from switch_t5.types import Array
 
 HIDDEN_AXES = ("batch", "length", "mlp")
 
@@ -74,3 +77,42 @@ def test_a_bfloat16_input_is_multiplied_in_bfloat16_by_float32_parameters() -> N
     assert result.dtype == jnp.bfloat16
     rounded = jax.nn.relu(x @ layer.wi[...].astype(jnp.bfloat16)) @ layer.wo[...].astype(jnp.bfloat16)
     np.testing.assert_array_equal(result, rounded)
+
+
+def expert_loss(params: nnx.State, graph: nnx.GraphDef, x: Array) -> Array:
+    hidden_axes = ("expert", "expert_batch", "expert_mlp")
+    y = nnx.merge(graph, params)(x, hidden_axes=hidden_axes, dropout_rate=0.0, rng=None)
+    return jnp.sum(jnp.sin(y))
+
+
+def test_expert_gradients_are_those_of_the_plain_product() -> None:
+    layer = FeedForward(6, 10, ("gelu", "linear"), "t5x", num_experts=3, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 6)), jnp.float32)
+    graph, params = nnx.split(layer)
+    gradients = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x)
+
+    def reference(params: dict[str, Array], x: Array) -> Array:
+        hidden = jax.nn.gelu(jnp.einsum("end,edf->enf", x, params["wi_0"])) * jnp.einsum(
+            "end,edf->enf", x, params["wi_1"]
+        )
+        return jnp.sum(jnp.sin(jnp.einsum("enf,efd->end", hidden, params["wo"])))
+
+    expected = jax.grad(reference, argnums=(0, 1))(nnx.to_pure_dict(params), x)
+    for name, gradient in nnx.to_pure_dict(gradients[0]).items():
+        np.testing.assert_allclose(gradient, expected[0][name], rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(gradients[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_on_one_device_overwrites_expert_kernels_without_copying_them() -> None:
+    layer = FeedForward(16, 24, ("relu",), "t5x", num_experts=4, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+
+    def update(params: nnx.State, x: Array) -> tuple[nnx.State, Array]:
+        # The gradient of the input, which reads the kernels last, is wanted as it is inside a model.
+        gradients, d_x = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), d_x
+
+    text = jax.jit(update, donate_argnums=0).lower(params, jnp.ones((4, 8, 16))).compile().as_text()
+    assert text is not None
+    assert "f32[4,16,24]" in text
+    assert not re.findall(r"= f32\[4,(?:16,24|24,16)\]\S* copy\(", text)
