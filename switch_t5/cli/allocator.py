@@ -1,36 +1,50 @@
 """Large pages for the arrays of the CPU.
 
-A training step takes and returns gigabytes. By default glibc gives each large array back to the system at once, and
-the next one is made of 4 KB pages that are cleared one fault at a time: up to a quarter of a step on two cores went
-there (``scripts/benchmarks/train_step.py`` with and without ``--large_pages``). glibc reads its tunables when a
-process starts, so a program that wants others starts itself anew.
+A training step takes and returns gigabytes, in arrays that the system makes of 4 KB pages, cleared one fault at a time
+and found again through too small a table of addresses: about a fifth of a step on two cores went there
+(``scripts/benchmarks/train_step.py`` with and without ``--large_pages``). glibc asks for large pages if a tunable
+says so when a process starts, so a program that wants them starts itself anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
-_TUNABLES = {
-    "glibc.malloc.hugetlb": 1,  # Ask for transparent huge pages; needs glibc 2.35, older ones ignore it.
-    "glibc.malloc.mmap_threshold": 1 << 40,  # Arrays below this many bytes come from memory that is kept,
-    "glibc.malloc.trim_threshold": 1 << 40,  # of which so much may lie idle until the next step.
-    "glibc.malloc.arena_max": 1,  # Other threads' arenas are too small for a large array, and would map it anew.
-}
-_VARIABLE = "GLIBC_TUNABLES"
+_VARIABLE, _TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+_MARK = "SWITCH_T5_STARTED_ANEW"
+_FIRST_GLIBC = (2, 35)
 
 
 def large_page_environment() -> dict[str, str]:
-    """The environment variables that ask for large pages; none where the user has tuned malloc, or has no glibc."""
-    tuned = any(name == _VARIABLE or name.startswith("MALLOC_") for name in os.environ)
-    if tuned or "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}):
+    """The variables that ask for large pages: what the user has set, and the tunable.
+
+    Returns:
+      Nothing where there is no glibc that knows it, or where the user has set it (``=0`` turns large pages off).
+    """
+    tunables = os.environ.get(_VARIABLE, "")
+    if not _has_glibc() or _TUNABLE in tunables:
         return {}
-    return {_VARIABLE: ":".join(f"{name}={value}" for name, value in _TUNABLES.items())}
+    return {_VARIABLE: ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))}
 
 
 def restart_with_large_pages() -> None:
-    """Replaces this process by the same program with large pages; returns where it has nothing to change."""
+    """Replaces this process by the same program with large pages; returns where it has nothing to change.
+
+    The process keeps its number, by which it knows that it is the second start: a launcher that drops the variable
+    leaves it without large pages, never in a loop.
+    """
     environment = large_page_environment()
-    if environment:
-        sys.stdout.flush()
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment})
+    if not environment or not sys.executable or os.environ.get(_MARK) == str(os.getpid()):
+        return
+    with contextlib.suppress(OSError):  # Slower is better than not at all.
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment, _MARK: str(os.getpid())})
+
+
+def _has_glibc() -> bool:
+    try:
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        return name == "glibc" and tuple(int(part) for part in version.split(".")[:2]) >= _FIRST_GLIBC
+    except (AttributeError, OSError, ValueError):  # Another system, or another C library.
+        return False

@@ -84,7 +84,8 @@ class FeedForward(nnx.Module):
 
 def _matmul(x: Array, kernel: Array) -> Array:
     """``x @ kernel``, so that an optimizer may write a large expert kernel in place."""
-    return _expert_matmul(x, kernel) if kernel.ndim == 3 and not is_partitioned() else x @ kernel
+    in_place = kernel.ndim == 3 and jax.default_backend() == "cpu" and not is_partitioned()
+    return _expert_matmul(x, kernel) if in_place else x @ kernel
 
 
 @jax.custom_vjp
@@ -93,7 +94,7 @@ def _expert_matmul(x: Array, kernel: Array) -> Array:
 
     XLA's CPU backend copies a donated parameter unless every product that reads it comes, in the flow of data, before
     the update that overwrites it. The gradient of ``x`` is such a product, so the kernel's gradient is made to follow
-    it: it adds zero times one of its entries.
+    it: it adds zero times one of its entries. (A product that rematerialisation repeats is still read later.)
     """
     return x @ kernel
 
@@ -105,7 +106,8 @@ def _expert_matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array,
 def _expert_matmul_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     dx = dy @ jnp.swapaxes(kernel, 1, 2)
-    return dx, jnp.swapaxes(x, 1, 2) @ dy + 0 * dx[:, :1, :1]
+    follows = dx[:, :1, :1]
+    return dx, jnp.swapaxes(x, 1, 2) @ dy + jnp.where(jnp.isfinite(follows), 0 * follows, 0)
 
 
 _expert_matmul.defvjp(_expert_matmul_forward, _expert_matmul_backward)

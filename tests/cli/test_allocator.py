@@ -1,17 +1,19 @@
-"""The program starts itself anew with malloc's tunables, once, and leaves a user's own alone."""
+"""The program starts itself anew with large pages, once, and leaves alone what a user has set."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from switch_t5.cli import allocator
 from switch_t5.cli import main as program
-from switch_t5.cli.allocator import large_page_environment
+from switch_t5.cli.allocator import large_page_environment, restart_with_large_pages
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's tunables")
+pytestmark = pytest.mark.skipif(not allocator._has_glibc(), reason="needs a glibc that knows large pages")
 
 CHILD = """
 import os, sys
@@ -21,25 +23,63 @@ print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES", ""))
 """
 
 
-def run_child(**variables: str) -> tuple[int, str]:
+def run_child(python: str = sys.executable, **variables: str) -> tuple[int, str]:
     """The child's process number as its parent knows it, and what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GLIBC_", "MALLOC_"))}
-    command = [sys.executable, "-c", CHILD, "a word", "--gin.X=1"]
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [python, "-c", CHILD, "a word", "--gin.X=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environment, **variables}) as child:
         return child.pid, child.communicate(timeout=60)[0]
 
 
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("SWITCH_T5_STARTED_ANEW", raising=False)
+    return monkeypatch
+
+
 def test_the_same_process_runs_the_same_words_with_large_pages() -> None:
     pid, output = run_child()
-    assert output.startswith(f"{pid} ['a word', '--gin.X=1'] ")
-    assert "glibc.malloc.hugetlb=1" in output
-    assert output.count("\n") == 1
+    assert output == f"{pid} ['a word', '--gin.X=1'] glibc.malloc.hugetlb=1\n"
 
 
-@pytest.mark.parametrize("variables", [{"GLIBC_TUNABLES": "glibc.malloc.check=0"}, {"MALLOC_ARENA_MAX": "1"}])
-def test_what_the_user_has_tuned_is_left_alone(variables: dict[str, str]) -> None:
-    _, output = run_child(**variables)
-    assert output.strip().endswith(variables.get("GLIBC_TUNABLES", "]"))
+def test_other_tunables_are_kept_and_the_users_own_choice_is_final() -> None:
+    assert run_child(GLIBC_TUNABLES="glibc.malloc.check=0")[1].endswith(
+        " glibc.malloc.check=0:glibc.malloc.hugetlb=1\n"
+    )
+    assert run_child(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[1].endswith(" glibc.malloc.hugetlb=0\n")
+
+
+def test_a_launcher_that_drops_the_variable_is_started_twice_and_no_more(tmp_path: Path) -> None:
+    launcher = tmp_path / "python"
+    launcher.write_text(f'#!/bin/sh\nunset GLIBC_TUNABLES\nexec {sys.executable} "$@"\n')
+    launcher.chmod(0o755)
+    starts = tmp_path / "starts"
+    child = CHILD.replace("import os, sys", f"import os, sys\nopen({str(starts)!r}, 'a').write('x')\n").replace(
+        "restart_with_large_pages()", f"sys.executable = {str(launcher)!r}\nrestart_with_large_pages()"
+    )
+    done = subprocess.run([str(launcher), "-c", child], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("[] \n")
+    assert starts.read_text() == "xx"
+
+
+def test_a_restart_that_the_system_refuses_is_done_without(untuned: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refuse(*_: object) -> None:
+        tried.append(1)
+        raise PermissionError
+
+    untuned.setattr(os, "execve", refuse)
+    restart_with_large_pages()
+    assert tried
+
+
+@pytest.mark.parametrize("version", ["glibc 2.34", "musl 1.2.5", "", None])
+def test_other_c_libraries_are_left_alone(version: str | None, untuned: pytest.MonkeyPatch) -> None:
+    assert large_page_environment() == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    untuned.setattr(os, "confstr", lambda _: version)
+    assert large_page_environment() == {}
 
 
 @pytest.mark.parametrize(("words", "restarts"), [(["train"], 1), (["data", "list"], 0), (["--help"], 0), ([], 0)])
@@ -52,15 +92,3 @@ def test_only_commands_that_run_a_model_start_anew(
     monkeypatch.setattr(program, "main", lambda: 0)
     assert program.program() == 0
     assert len(calls) == restarts
-
-
-def test_the_environment_asks_for_kept_memory_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("GLIBC_", "MALLOC_"))]:
-        monkeypatch.delenv(name)
-    (value,) = large_page_environment().values()
-    assert {setting.split("=")[0] for setting in value.split(":")} == {
-        "glibc.malloc.hugetlb",
-        "glibc.malloc.mmap_threshold",
-        "glibc.malloc.trim_threshold",
-        "glibc.malloc.arena_max",
-    }
