@@ -38,7 +38,8 @@ from switch_t5.errors import ConfigError, UserError
 CONFIGURABLES: dict[str, str] = {
     "RuntimeConfig": "switch_t5.cli.runtime:RuntimeConfig",
     "TransformerConfig": "switch_t5.model.config:TransformerConfig",
-    "MoEConfig": "switch_t5.model.config:MoEConfig",
+    "MoEConfig": "switch_t5.layers.moe:MoEConfig",
+    "RouterConfig": "switch_t5.routing.router:RouterConfig",
     "MeshConfig": "switch_t5.partitioning.mesh:MeshConfig",
     "DataConfig": "switch_t5.data.pipeline:DataConfig",
     "text_task": "switch_t5.data.tasks:text_task",

@@ -44,6 +44,9 @@ COMMANDS = {
     "train": Command("switch_t5.cli.train", "pre-train or fine-tune a model; continues a stopped run"),
     "eval": Command("switch_t5.cli.eval", "evaluate a trained model"),
     "infer": Command("switch_t5.cli.infer", "let a trained model write"),
+    "conformance": Command(
+        "switch_t5.cli.conformance", "check routing on these devices against the oracle", takes_gin=False
+    ),
     "data": Command("switch_t5.cli.data", "list tasks, look at batches, train a vocabulary", takes_gin=False),
 }
 

@@ -167,7 +167,7 @@ def _banner(run: Run, first_step: int) -> None:
     tokens = spec.data.batch_size * sum(lengths.values())
     flops = 3 * forward_flops(spec.transformer, spec.data.batch_size, lengths["inputs"], lengths["targets"])
     total = parameter_count(model.abstract_params)
-    active = active_parameter_count(model.abstract_params, model.axes)
+    active = active_parameter_count(spec.transformer, model.abstract_params, model.axes)
     device = jax.devices()[0]
     mesh = " x ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
     lines = (

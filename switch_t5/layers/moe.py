@@ -1,8 +1,8 @@
-"""The Switch layer: a router and a feed-forward for each expert.
+"""The sparse layer: a router and a feed-forward for each expert.
 
-Source: Fedus et al. 2022, section 2. Tokens are grouped ``[G, S, D]``, dispatched to ``[G, E, C, D]``, and
-turned so that the expert axis takes the mesh axis that the groups shared with it: that turn is the only
-all-to-all, and the turn back the second.
+Source: Fedus et al. 2022, section 2; the routers are those of :mod:`switch_t5.routing.router`. Tokens are grouped
+``[G, S, D]``, dispatched to ``[G, E, C, D]``, and turned so that the expert axis takes the mesh axis that the groups
+shared with it: that turn is the only all-to-all, and the turn back the second.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from flax import nnx
 
 from switch_t5.errors import ConfigError, check_types
 from switch_t5.layers.dense import FeedForward
-from switch_t5.layers.dropout import split_rng
+from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.parameter import parameter
 from switch_t5.partitioning.rules import constrain
-from switch_t5.routing.assignment import top_1
-from switch_t5.routing.balance import RouterStats, router_stats
+from switch_t5.routing.balance import BalanceScope, RouterStats, router_stats
 from switch_t5.routing.capacity import Rounding, expert_capacity, group_shape
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
+from switch_t5.routing.router import RouterConfig, Routing, route, route_without_logits
 from switch_t5.types import Array
 
 TOKEN_AXES = ("batch", None, "embed")
@@ -43,8 +43,12 @@ class MoEConfig:
       eval_capacity_factor: slots per token in evaluation.
       min_expert_capacity: the least slots of an expert for a group.
       capacity_rounding: ``floor`` (Mesh TensorFlow), ``round`` (T5X) or ``ceil``.
+      router: which router, and its own numbers.
       jitter_noise: the router's input is multiplied by U(1 - jitter, 1 + jitter) in training.
+      router_input_dropout_rate: dropout of the router's input, another exploration of the paper's appendix C.
       router_dtype: ``float32`` is the paper's selective precision; ``bfloat16`` reproduces its table 2.
+      balance_scope: whether the load-balance loss wants each ``group`` balanced, or the ``batch`` as a whole.
+      num_shared_experts: experts beside the routed ones that every token passes (DeepSeekMoE, Dai et al. 2024).
       expert_dropout_rate: dropout inside the experts, in place of ``dropout_rate`` (table 4).
       dispatch: ``gather``, or ``einsum``, the reference.
     """
@@ -55,8 +59,12 @@ class MoEConfig:
     eval_capacity_factor: float = 2.0
     min_expert_capacity: int = 4
     capacity_rounding: Rounding = "floor"
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     jitter_noise: float = 1e-2
+    router_input_dropout_rate: float = 0.0
     router_dtype: Literal["float32", "bfloat16"] = "float32"
+    balance_scope: BalanceScope = "group"
+    num_shared_experts: int = 0
     expert_dropout_rate: float = 0.0
     dispatch: DispatchMethod = "gather"
 
@@ -68,9 +76,12 @@ class MoEConfig:
         for field in ("train_capacity_factor", "eval_capacity_factor"):
             if getattr(self, field) <= 0:
                 raise ConfigError(f"MoEConfig.{field}", f"must be above 0, got {getattr(self, field)}.")
-        for field in ("jitter_noise", "expert_dropout_rate"):
+        for field in ("jitter_noise", "router_input_dropout_rate", "expert_dropout_rate"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"MoEConfig.{field}", f"must be in [0, 1), got {getattr(self, field)}.")
+        if self.num_shared_experts < 0:
+            raise ConfigError("MoEConfig.num_shared_experts", f"must not be negative, got {self.num_shared_experts}.")
+        self.router.check_experts(self.num_experts)
 
 
 class SwitchFeedForward(nnx.Module):
@@ -87,42 +98,70 @@ class SwitchFeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
-        init = initializer("router", convention, fan_in=emb_dim)
-        # Every device routes its own tokens over all experts, so the router is whole everywhere.
-        self.router = parameter(rngs, init, (emb_dim, config.num_experts), ("embed", None))
-        self.experts = FeedForward(emb_dim, mlp_dim, activations, convention, num_experts=config.num_experts, rngs=rngs)
+        num_experts = config.num_experts
+        if config.router.has_kernel:
+            init = initializer("router", convention, fan_in=emb_dim)
+            # Every device routes its own tokens over all experts, so the router is whole everywhere.
+            self.router = parameter(rngs, init, (emb_dim, num_experts), ("embed", None))
+        if config.router.has_bias:
+            self.router_bias = parameter(rngs, jax.nn.initializers.zeros, (num_experts,), (None,))
+        self.experts = FeedForward(emb_dim, mlp_dim, activations, convention, num_experts=num_experts, rngs=rngs)
+        if config.num_shared_experts:
+            shared_dim = config.num_shared_experts * mlp_dim
+            self.shared_experts = FeedForward(emb_dim, shared_dim, activations, convention, rngs=rngs)
 
     def __call__(
-        self, x: Array, mask: Array, *, sequences: int, train: bool, rng: Array | None
+        self, x: Array, mask: Array, *, tokens: Array, sequences: int, train: bool, rng: Array | None
     ) -> tuple[Array, RouterStats]:
         """Routes, dispatches, applies the experts and combines.
+
+        A token with a logit that is infinite or not a number takes no slot and counts nowhere but in the
+        statistics' ``nonfinite``, so that it cannot reach another token's output.
 
         Args:
           x: ``[batch, length, embed]``.
           mask: ``[batch, length]`` bool; False for padding, which takes no slot and counts nowhere.
+          tokens: ``[batch, length]`` int32, entries of the vocabulary, for hash routing.
           sequences: sequences in a routing group.
-          train: chooses the capacity factor, and jitter and dropout where there is an ``rng``.
+          train: chooses the capacity factor, and noise and dropout where there is an ``rng``.
           rng: None where nothing is random.
 
         Returns:
-          ``[batch, length, embed]`` (zero for a token without a slot) and the layer's statistics.
+          ``[batch, length, embed]`` (zero for a token without a slot, but for shared experts) and the layer's
+          statistics.
         """
         batch, length, emb_dim = x.shape
-        groups, tokens = group_shape(batch, length, self.config.group_size, sequences)
-        x = constrain(x.reshape(groups, tokens, emb_dim), TOKEN_AXES)
-        mask = mask.reshape(groups, tokens)
-        jitter_rng, dropout_rng = split_rng(rng, 2)
+        groups, size = group_shape(batch, length, self.config.group_size, sequences)
+        input_rng, choice_rng, dropout_rng, shared_rng = self._rngs(rng)
+        x = constrain(x.reshape(groups, size, emb_dim), TOKEN_AXES)
+        real = mask.reshape(groups, size)
 
-        router_logits = self._router_logits(x, jitter_rng)
-        router_probs = jax.nn.softmax(router_logits)
-        assignment = top_1(router_probs, self.capacity(tokens, train), mask)
-        stats = router_stats(router_logits, router_probs, assignment, mask)
+        router_logits, mask = self._router_logits(x, real, input_rng)
+        routing = self._route(router_logits, mask, tokens.reshape(groups, size), train, choice_rng)
+        stats = router_stats(routing, router_logits, mask, real, scope=self.config.balance_scope)
 
         dispatcher = DISPATCHERS[self.config.dispatch]
-        dispatched = dispatcher.dispatch(x, assignment)
-        outputs = self._apply_experts(dispatched, dropout_rng)
-        combined = constrain(dispatcher.combine(outputs, assignment), TOKEN_AXES)
+        outputs = self._apply_experts(dispatcher.dispatch(x, routing.assignment), dropout_rng)
+        combined = constrain(dispatcher.combine(outputs, routing.assignment), TOKEN_AXES)
+        if self.config.num_shared_experts:
+            combined += self._apply_shared(x, shared_rng)
         return combined.reshape(batch, length, emb_dim), stats
+
+    def _rngs(self, rng: Array | None) -> list[Array | None]:
+        """Keys for the router's input, its choice, the experts and the shared experts."""
+        # The first two of four keys would differ from the two that a plain Switch layer has always drawn.
+        first, second = split_rng(rng, 2)
+        third, fourth = split_rng(None if rng is None else jax.random.fold_in(rng, 1), 2)
+        return [first, third, second, fourth]
+
+    def _route(
+        self, router_logits: Array | None, mask: Array, tokens: Array, train: bool, rng: Array | None
+    ) -> Routing:
+        config, capacity = self.config.router, self.capacity(mask.shape[-1], train)
+        if router_logits is None:
+            return route_without_logits(config, self.config.num_experts, capacity, mask, tokens, rng=rng)
+        bias = jax.lax.stop_gradient(self.router_bias[...]) if config.has_bias else None
+        return route(config, router_logits, capacity, mask, bias=bias, train=train, rng=rng)
 
     def capacity(self, tokens: int, train: bool) -> int:
         """Slots of an expert for a group of so many tokens."""
@@ -135,14 +174,24 @@ class SwitchFeedForward(nnx.Module):
             rounding=config.capacity_rounding,
         )
 
-    def _router_logits(self, x: Array, rng: Array | None) -> Array:
-        """``[G, S, E]`` in the router's dtype."""
+    def _router_logits(self, x: Array, mask: Array, rng: Array | None) -> tuple[Array | None, Array]:
+        """``[G, S, E]`` in the router's dtype, and the mask without the tokens whose logits are not finite."""
+        if not self.config.router.has_kernel:
+            return None, mask
         x = x.astype(self.config.router_dtype)
         if rng is not None and self.config.jitter_noise:
             noise = self.config.jitter_noise
             x *= jax.random.uniform(rng, x.shape, x.dtype, 1 - noise, 1 + noise)
+        dropout_rng = None if rng is None else jax.random.fold_in(rng, 1)
+        x = dropout(x, self.config.router_input_dropout_rate, dropout_rng, broadcast_dim=None)
         # Accelerators multiply float32 in fewer bits unless asked: the router is where they count.
-        return jnp.matmul(x, self.router[...].astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+        logits = jnp.matmul(x, self.router[...].astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        return jnp.where(finite[..., None], logits, 0), mask & finite
+
+    def _apply_shared(self, x: Array, rng: Array | None) -> Array:
+        rate = self.config.expert_dropout_rate
+        return self.shared_experts(x, hidden_axes=("batch", None, "mlp"), dropout_rate=rate, rng=rng)
 
     def _apply_experts(self, dispatched: Array, rng: Array | None) -> Array:
         """``[G, E, C, D]`` to the same, through ``[E, G, C, D]`` sharded by expert."""

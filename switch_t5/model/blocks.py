@@ -23,7 +23,7 @@ RESIDUAL_AXES = ("batch", "length", "embed")
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mask", "self_mask", "positions", "encoded", "cross_mask"],
+    data_fields=["tokens", "mask", "self_mask", "positions", "encoded", "cross_mask"],
     meta_fields=["sequences", "train"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class BlockInputs:
     """What every block of a stack reads besides the residual stream.
 
     Attributes:
+      tokens: ``[batch, length]`` int32, the stack's input.
       mask: ``[batch, length]`` bool, False for padding.
       self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see.
       positions: ``[1, heads, length, length]`` float32, the relative position bias.
@@ -40,6 +41,7 @@ class BlockInputs:
       train: chooses the experts' capacity.
     """
 
+    tokens: Array
     mask: Array
     self_mask: Array
     positions: Array | None
@@ -65,8 +67,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.emb_dim, rngs=rngs)
         sizes = (config.emb_dim, config.mlp_dim, config.mlp_activations, config.initialization)
         if sparse:
-            assert config.moe is not None
-            self.mlp = SwitchFeedForward(config.moe, *sizes, rngs=rngs)
+            moe = config.moe_of(decoder=decoder)
+            assert moe is not None
+            self.mlp = SwitchFeedForward(moe, *sizes, rngs=rngs)
         else:
             self.mlp = FeedForward(*sizes, rngs=rngs)
 
@@ -90,6 +93,8 @@ class Block(nnx.Module):
 
     def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
         if isinstance(self.mlp, SwitchFeedForward):
-            return self.mlp(y, inputs.mask, sequences=inputs.sequences, train=inputs.train, rng=rng)
+            return self.mlp(
+                y, inputs.mask, tokens=inputs.tokens, sequences=inputs.sequences, train=inputs.train, rng=rng
+            )
         axes = ("batch", "length", "mlp")
         return self.mlp(y, hidden_axes=axes, dropout_rate=self.config.dropout_rate, rng=rng), None

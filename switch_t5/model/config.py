@@ -38,6 +38,7 @@ class TransformerConfig:
       scan_layers: compile one period of the layer pattern and scan it over the depth.
       remat: recompute a block's activations in the backward pass.
       moe: the sparse layers; None for a dense model.
+      decoder_moe: the decoder's, where they differ from the encoder's; ``group_size`` is one for both.
       encoder_sparse_layers: which encoder blocks are sparse, see :func:`sparse_layers`.
       decoder_sparse_layers: the same for the decoder.
     """
@@ -59,6 +60,7 @@ class TransformerConfig:
     scan_layers: bool = False
     remat: bool = False
     moe: MoEConfig | None = None
+    decoder_moe: MoEConfig | None = None
     encoder_sparse_layers: LayerLayout = 2
     decoder_sparse_layers: LayerLayout = 2
 
@@ -94,12 +96,37 @@ class TransformerConfig:
                 f"must be above half of relpos_num_buckets, {self.relpos_num_buckets // 2}, got "
                 f"{self.relpos_max_distance}.",
             )
-        _ = self.encoder_pattern, self.decoder_pattern
+        _ = self.encoder_pattern
+        if any(self.decoder_pattern):
+            self._check_decoder()
 
     @property
     def activation_dtype(self) -> jnp.dtype:
         """The dtype of activations."""
         return jnp.dtype(self.dtype)
+
+    def _check_decoder(self) -> None:
+        assert self.moe is not None
+        moe = self.decoder_moe or self.moe
+        if moe.group_size != self.moe.group_size:
+            raise ConfigError(
+                "TransformerConfig.decoder_moe",
+                f"has group_size {moe.group_size}, but both stacks group the same sequences: give it the encoder's, "
+                f"{self.moe.group_size}.",
+            )
+        router = moe.router
+        if router.sees_future_tokens and not router.allow_future_tokens:
+            what = "batch_prioritized" if router.batch_prioritized else f"the router {router.router!r}"
+            raise ConfigError(
+                "RouterConfig.router" if not router.batch_prioritized else "RouterConfig.batch_prioritized",
+                f"cannot serve a decoder: {what} chooses a token's experts by later tokens, which leaks the future "
+                "into training and has no meaning in decoding; give TransformerConfig.decoder_moe another router, or "
+                "set RouterConfig.allow_future_tokens = True.",
+            )
+
+    def moe_of(self, *, decoder: bool) -> MoEConfig | None:
+        """The sparse layers of one stack; None for a dense model."""
+        return self.decoder_moe if decoder and self.decoder_moe is not None else self.moe
 
     @property
     def encoder_pattern(self) -> tuple[bool, ...]:

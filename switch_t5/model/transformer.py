@@ -97,7 +97,7 @@ class SwitchTransformer(nnx.Module):
         """
         mask = tokens > 0
         bias = mask_bias(mask, mask, query_segments=segments, key_segments=segments)
-        inputs = BlockInputs(mask, bias, None, None, None, self._sequences(tokens), train)
+        inputs = BlockInputs(tokens, mask, bias, None, None, None, self._sequences(tokens), train)
         return self.encoder(self.embedding(tokens, self.config.activation_dtype), inputs, rng)
 
     def decode(
@@ -129,7 +129,9 @@ class SwitchTransformer(nnx.Module):
         """
         self_mask = mask_bias(mask, mask, query_segments=segments, key_segments=segments, causal=True)
         cross_mask = mask_bias(mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments)
-        inputs = BlockInputs(mask, self_mask, None, encoded, cross_mask, self._sequences(encoder_tokens), train)
+        inputs = BlockInputs(
+            input_tokens, mask, self_mask, None, encoded, cross_mask, self._sequences(encoder_tokens), train
+        )
         x, stats = self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
         # Tied logits are divided by sqrt(embed): here, where the array is small, and in float32.
         scale = 1 / math.sqrt(self.config.emb_dim) if self.config.tied_logits else 1.0

@@ -17,19 +17,23 @@ def parameter_count(abstract_params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params))
 
 
-def active_parameter_count(abstract_params: Any, axes: Any) -> int:
-    """Parameters that one token passes: of the experts' only one expert's share.
+def active_parameter_count(config: TransformerConfig, abstract_params: Any, axes: Any) -> int:
+    """Parameters that one token passes: of the experts' only its own experts' share.
 
     Args:
+      config: of the model.
       abstract_params: arrays or shapes.
       axes: the same tree, a tuple of logical axes for each.
     """
 
-    def active(leaf: Any, leaf_axes: tuple[str | None, ...]) -> int:
-        experts = leaf.shape[leaf_axes.index("expert")] if "expert" in leaf_axes else 1
-        return math.prod(leaf.shape) // experts
+    def active(path: jax.tree_util.KeyPath, leaf: Any, leaf_axes: tuple[str | None, ...]) -> int:
+        if "expert" not in leaf_axes:
+            return math.prod(leaf.shape)
+        moe = config.moe_of(decoder=jax.tree_util.keystr(path[:1], simple=True) == "decoder")
+        assert moe is not None
+        return math.prod(leaf.shape) // moe.num_experts * moe.router.experts_per_token
 
-    return sum(jax.tree.leaves(jax.tree.map(active, abstract_params, axes)))
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(active, abstract_params, axes)))
 
 
 def forward_flops(
@@ -47,21 +51,21 @@ def forward_flops(
         projections = 2 * c.emb_dim * width * (2 * queries + 2 * keys)
         return projections + 2 * 2 * queries * keys * width
 
-    def feed_forward(length: int, sparse: bool) -> int:
+    def feed_forward(length: int, sparse: bool, *, decoder: bool) -> int:
         tokens = batch * length
         if not sparse:
             return 2 * matrices * c.emb_dim * c.mlp_dim * tokens
-        assert c.moe is not None
-        router = 2 * c.emb_dim * c.moe.num_experts * tokens
-        return router + 2 * matrices * c.emb_dim * c.mlp_dim * _slots(
-            c.moe, batch, length, sequences_per_group(c.moe.group_size, encoder_length), train
-        )
+        moe = c.moe_of(decoder=decoder)
+        assert moe is not None
+        router = 2 * c.emb_dim * moe.num_experts * tokens * moe.router.has_kernel
+        slots = _slots(moe, batch, length, sequences_per_group(moe.group_size, encoder_length), train)
+        return router + 2 * matrices * c.emb_dim * c.mlp_dim * (slots + moe.num_shared_experts * tokens)
 
     total = 2 * batch * decoder_length * c.emb_dim * c.vocab_size
     for sparse in c.encoder_pattern:
-        total += batch * attention(encoder_length, encoder_length) + feed_forward(encoder_length, sparse)
+        total += batch * attention(encoder_length, encoder_length) + feed_forward(encoder_length, sparse, decoder=False)
     for sparse in c.decoder_pattern:
-        total += batch * attention(decoder_length, decoder_length) + feed_forward(decoder_length, sparse)
+        total += batch * attention(decoder_length, decoder_length) + feed_forward(decoder_length, sparse, decoder=True)
         total += batch * attention(decoder_length, encoder_length)
     return total
 

@@ -1,7 +1,6 @@
-"""Which expert, and which of its slots, each token gets.
+"""Which experts, and which of their slots, each token gets: the result of every router.
 
-Pure functions of router probabilities; every shape is per routing group. See :mod:`switch_t5.types` for the
-letters.
+Shapes are per routing group; see :mod:`switch_t5.types` for the letters. K is the number of choices of a token.
 """
 
 from __future__ import annotations
@@ -17,78 +16,134 @@ from switch_t5.types import Array
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["expert", "slot", "token", "weight"],
+    data_fields=["expert", "slot", "entry", "weight"],
     meta_fields=["num_experts", "capacity"],
 )
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A one-to-one map between the kept tokens of a group and slots of the experts.
+    """A one-to-one map between the kept choices of a group's tokens and slots of the experts.
 
     Attributes:
-      expert: ``[G, S]`` int32, the chosen expert before capacity; ``num_experts`` for a padding token.
-      slot: ``[G, S]`` int32, ``expert * capacity + position``; ``num_experts * capacity`` where the token
-        has no slot (dropped, or padding).
-      token: ``[G, E * C]`` int32, the inverse of ``slot``; ``S`` where the slot is empty.
-      weight: ``[G, S]`` float, the router probability that scales the expert's output (eq. 2).
+      expert: ``[G, S, K]`` int32, the chosen expert before capacity; ``num_experts`` where there is no choice
+        (padding, or an expert that did not take the token).
+      slot: ``[G, S, K]`` int32, ``expert * capacity + position``; ``num_experts * capacity`` where the choice
+        has no slot.
+      entry: ``[G, E * C]`` int32, the inverse of ``slot``: ``token * K + choice``; ``S * K`` where the slot is
+        empty.
+      weight: ``[G, S, K]`` float, what scales the expert's output.
       num_experts: E.
       capacity: C.
     """
 
     expert: Array
     slot: Array
-    token: Array
+    entry: Array
     weight: Array
     num_experts: int
     capacity: int
 
     @property
+    def token(self) -> Array:
+        """``[G, E * C]`` int32: the token in each slot; ``S`` where it is empty."""
+        return self.entry // self.slot.shape[-1]
+
+    @property
     def kept(self) -> Array:
         """``[G, S]`` bool: the token has a slot."""
-        return self.slot < self.num_experts * self.capacity
+        return jnp.any(self.slot < self.num_experts * self.capacity, axis=-1)
 
 
-def top_1(router_probs: Array, capacity: int, mask: Array) -> Assignment:
-    """Switch routing: each token goes to its most probable expert, first come first served.
+def assign_slots(
+    expert: Array, weight: Array, num_experts: int, capacity: int, *, order: Array | None = None
+) -> Assignment:
+    """Gives slots for all first choices in the tokens' order, then for all second choices, and so on.
 
-    Source: Fedus et al. 2022, section 2.1. Ties go to the expert with the lower index. A token whose expert
-    is full has no slot; the residual connection carries it on.
+    Source of the order: Lepikhin et al. 2020 (GShard), algorithm 1.
 
     Args:
-      router_probs: ``[G, S, E]`` float.
+      expert: ``[G, S, K]`` int32; ``num_experts`` for no choice.
+      weight: ``[G, S, K]`` float.
+      num_experts: E.
       capacity: slots of an expert for one group.
-      mask: ``[G, S]`` bool, False for padding, which takes no slot.
+      order: ``[G, S]`` int32, the tokens in the order in which they are served; None for their own.
     """
-    num_experts = router_probs.shape[-1]
-    choice = jnp.argmax(router_probs, axis=-1).astype(jnp.int32)
-    expert = jnp.where(mask, choice, num_experts)
-    # A masked sum, where a maximum would share the gradient among ties and a gather would scatter it.
-    weight = jnp.sum(jnp.where(expert[..., None] == jnp.arange(num_experts), router_probs, 0), axis=-1)
-    slot, token = _slots_in_order(expert, num_experts, capacity)
-    return Assignment(expert, slot, token, weight, num_experts, capacity)
+    groups, tokens, choices = expert.shape
+    in_order = expert if order is None else jnp.take_along_axis(expert, order[..., None], axis=1)
+    queue = jnp.swapaxes(in_order, 1, 2).reshape(groups, choices * tokens)
+    slot, place = _slots_of_queue(queue, num_experts, capacity)
+    slot = jnp.swapaxes(slot.reshape(groups, choices, tokens), 1, 2)
+    token, choice = place % tokens, place // tokens
+    if order is not None:
+        slot = jnp.take_along_axis(slot, _inverse(order)[..., None], axis=1)
+        token = jnp.take_along_axis(order, token, axis=1)
+    empty = place == choices * tokens
+    entry = jnp.where(empty, tokens * choices, token * choices + choice)
+    return Assignment(expert, slot, entry, weight, num_experts, capacity)
 
 
-def _slots_in_order(expert: Array, num_experts: int, capacity: int) -> tuple[Array, Array]:
-    """Gives each expert's slots to its tokens in their order; returns ``slot`` and its inverse ``token``.
+def _inverse(permutation: Array) -> Array:
+    """The inverse of each row ``[G, N]``; sorted, since a scatter is slow everywhere."""
+    size = permutation.shape[-1]
+    return jnp.sort(permutation * size + jnp.arange(size, dtype=jnp.int32), axis=-1) % size
 
-    Tokens are sorted by (expert, position). A token's slot is then its distance from the expert's first
-    token, and a slot's token is a look-up: nothing of size tokens x experts x capacity, and no scatter.
+
+def assignment_of_slots(expert: Array, slot: Array, weight: Array, num_experts: int, capacity: int) -> Assignment:
+    """The assignment of slots that were given already, each expert's first ones first.
+
+    Args:
+      expert: ``[G, S, K]`` int32.
+      slot: ``[G, S, K]`` int32; ``num_experts * capacity`` for no slot.
+      weight: ``[G, S, K]`` float.
+      num_experts: E.
+      capacity: C.
     """
-    groups, tokens = expert.shape
-    position = jnp.arange(tokens, dtype=jnp.int32)
-    ordered = jnp.sort(expert * tokens + position, axis=-1)
-    order, ordered_expert = ordered % tokens, ordered // tokens
-    count = jnp.sum(expert[..., None] == jnp.arange(num_experts + 1), axis=1, dtype=jnp.int32)
-    first = jnp.cumsum(count, axis=-1) - count
+    places = slot.shape[1] * slot.shape[2]
+    flat = slot.reshape(slot.shape[0], places)
+    order = jnp.argsort(flat, axis=-1).astype(jnp.int32)
+    entry = _holders(order, *_counts(flat // capacity, num_experts), num_experts, capacity)
+    return Assignment(expert, slot, entry, weight, num_experts, capacity)
 
-    rank = position - jnp.take_along_axis(first, ordered_expert, axis=-1)
+
+def position_in_expert(expert: Array, num_experts: int) -> Array:
+    """``[G, N]`` int32: how many entries before this one name the same expert; ``expert`` ``[G, N]`` int32."""
+    order, ordered_expert = _sorted(expert)
+    first, _ = _counts(expert, num_experts)
+    rank = jnp.arange(expert.shape[-1], dtype=jnp.int32) - jnp.take_along_axis(first, ordered_expert, axis=-1)
+    return jnp.take_along_axis(rank, _inverse(order), axis=-1)
+
+
+def _slots_of_queue(expert: Array, num_experts: int, capacity: int) -> tuple[Array, Array]:
+    """Gives each expert's slots to those who ask, ``[G, N]``, in their order; returns slots and who has each slot.
+
+    Entries are sorted by (expert, place in the queue). A slot is then the distance from the expert's first
+    entry, and who has it is a look-up: nothing of size tokens x experts x capacity, and no scatter.
+    """
+    order, ordered_expert = _sorted(expert)
+    first, count = _counts(expert, num_experts)
+    rank = jnp.arange(expert.shape[-1], dtype=jnp.int32) - jnp.take_along_axis(first, ordered_expert, axis=-1)
     fits = (rank < capacity) & (ordered_expert < num_experts)
     ordered_slot = jnp.where(fits, ordered_expert * capacity + rank, num_experts * capacity)
-    inverse = jnp.sort(order * tokens + position, axis=-1) % tokens
-    slot = jnp.take_along_axis(ordered_slot, inverse, axis=-1)
+    slot = jnp.take_along_axis(ordered_slot, _inverse(order), axis=-1)
+    return slot, _holders(order, first, count, num_experts, capacity)
 
+
+def _sorted(expert: Array) -> tuple[Array, Array]:
+    """The entries ``[G, N]`` sorted by (expert, place): their places, and their experts."""
+    places = expert.shape[-1]
+    ordered = jnp.sort(expert * places + jnp.arange(places, dtype=jnp.int32), axis=-1)
+    return ordered % places, ordered // places
+
+
+def _counts(expert: Array, num_experts: int) -> tuple[Array, Array]:
+    """``[G, E + 1]``: the entries before each expert's first among the sorted ones, and the entries of each."""
+    count = jnp.sum(expert[..., None] == jnp.arange(num_experts + 1), axis=1, dtype=jnp.int32)
+    return jnp.cumsum(count, axis=-1) - count, count
+
+
+def _holders(order: Array, first: Array, count: Array, num_experts: int, capacity: int) -> Array:
+    """``[G, E * C]``: who has each slot, of the entries in ``order`` ``[G, N]``; N where nobody has."""
+    groups, places = order.shape
     seat = jnp.arange(capacity, dtype=jnp.int32)
-    source = first[:, :num_experts, None] + seat
-    taken = seat < count[:, :num_experts, None]
-    source = jnp.where(taken, source, 0).reshape(groups, num_experts * capacity)
-    token = jnp.where(taken.reshape(source.shape), jnp.take_along_axis(order, source, axis=-1), tokens)
-    return slot, token
+    taken = (seat < count[:, :num_experts, None]).reshape(groups, num_experts * capacity)
+    source = (first[:, :num_experts, None] + seat).reshape(groups, num_experts * capacity)
+    return jnp.where(taken, jnp.take_along_axis(order, jnp.where(taken, source, 0), axis=-1), places)

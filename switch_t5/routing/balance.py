@@ -8,35 +8,78 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.router import Routing
 from switch_t5.types import Array
 
+BalanceScope = Literal["group", "batch"]
 
-def load_balance_loss(router_probs: Array, expert: Array, mask: Array) -> Array:
-    """E x sum_i f_i P_i of each group: 1 when tokens and probabilities are spread evenly.
 
-    Source: Fedus et al. 2022, eq. 4-6 (without alpha). f_i is the fraction of the group's tokens whose first
-    choice is expert i, before capacity, and P_i the mean probability of expert i.
+def load_balance_loss(router_probs: Array, load: Array, mask: Array, *, scope: BalanceScope = "group") -> Array:
+    """E x sum_i f_i P_i of each group: 1 when choices and probabilities are spread evenly.
+
+    Source: Fedus et al. 2022, eq. 4-6 (without alpha). f_i is the fraction of the group's choices that fell on
+    expert i, before capacity, and P_i the mean probability of expert i.
 
     Args:
       router_probs: ``[G, S, E]`` float32.
-      expert: ``[G, S]`` int32, the first choice.
+      load: ``[G, E]`` int32, the choices that fell on each expert.
       mask: ``[G, S]`` bool, False for padding.
+      scope: ``group``: f and P are each group's own (Mesh TensorFlow, T5X); ``batch``: they are of all groups
+        together, a weaker demand, whose value every group then has.
 
     Returns:
       ``[G]`` float32; 0 for a group of padding alone.
     """
     num_experts = router_probs.shape[-1]
-    tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1).astype(router_probs.dtype)[:, None]
-    fraction = expert_load(expert, num_experts).astype(router_probs.dtype) / tokens
-    # A product where a sum over the second axis would do: XLA's CPU backend is slow at the latter.
-    weights = mask.astype(router_probs.dtype)
-    mean_prob = jnp.einsum("gse,gs->ge", router_probs, weights, precision=jax.lax.Precision.HIGHEST) / tokens
+    total_prob, tokens = _importance(router_probs, mask), jnp.sum(mask, axis=-1).astype(router_probs.dtype)
+    if scope == "batch":
+        load, total_prob, tokens = (
+            jnp.broadcast_to(jnp.sum(x, axis=0, keepdims=True), x.shape) for x in (load, total_prob, tokens)
+        )
+    fraction = load.astype(router_probs.dtype) / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1)
+    mean_prob = total_prob / jnp.maximum(tokens, 1)[:, None]
     return num_experts * jnp.sum(fraction * mean_prob, axis=-1)
+
+
+def importance_loss(router_probs: Array, mask: Array) -> Array:
+    """The squared variation of the experts' summed probabilities, ``[G]``; 0 for a group of padding alone.
+
+    Source: Shazeer et al. 2017, eq. 6-7; of the whole softmax, as Riquelme et al. 2021.
+
+    Args:
+      router_probs: ``[G, S, E]`` float32.
+      mask: ``[G, S]`` bool.
+    """
+    return _squared_variation(_importance(router_probs, mask))
+
+
+def load_loss(load_probs: Array, mask: Array) -> Array:
+    """The squared variation of the experts' expected number of tokens, ``[G]``.
+
+    Source: Shazeer et al. 2017, eq. 8-11.
+
+    Args:
+      load_probs: ``[G, S, E]``, the probability that noise lets the token choose the expert.
+      mask: ``[G, S]`` bool.
+    """
+    return _squared_variation(_importance(load_probs, mask))
+
+
+def _importance(probs: Array, mask: Array) -> Array:
+    """``[G, E]``: sums over real tokens."""
+    # A product where a sum over the second axis would do: XLA's CPU backend is slow at the latter.
+    return jnp.einsum("gse,gs->ge", probs, mask.astype(probs.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def _squared_variation(x: Array) -> Array:
+    """Population variance over squared mean along the last axis; 0 where all is 0."""
+    mean = jnp.mean(x, axis=-1)
+    return jnp.var(x, axis=-1) / jnp.where(mean > 0, jnp.square(mean), 1)
 
 
 def router_z_loss(router_logits: Array, mask: Array) -> Array:
@@ -54,21 +97,19 @@ def router_z_loss(router_logits: Array, mask: Array) -> Array:
     return jnp.square(jax.nn.logsumexp(router_logits, axis=-1)) * mask
 
 
-def expert_load(expert: Array, num_experts: int) -> Array:
-    """``[G, E]`` int32: tokens of each group that chose each expert (an index of ``num_experts`` counts nowhere)."""
-    return jnp.sum(expert[..., None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32)
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "tokens",
         "load_balance_loss",
         "router_z_loss",
+        "importance_loss",
+        "load_loss",
         "expert_load",
         "dropped",
         "router_entropy",
         "router_confidence",
+        "nonfinite",
     ],
     meta_fields=[],
 )
@@ -82,19 +123,25 @@ class RouterStats:
       tokens: real tokens.
       load_balance_loss: the groups' losses, each times the group's real tokens.
       router_z_loss: the tokens' losses.
-      expert_load: ``[..., E]`` tokens that chose each expert.
+      importance_loss: as ``load_balance_loss``.
+      load_loss: as ``load_balance_loss``; 0 without gaussian noise.
+      expert_load: ``[..., E]`` choices that fell on each expert, before capacity.
       dropped: tokens that found no slot.
       router_entropy: the entropies of the tokens' distributions, in nats.
-      router_confidence: the probabilities of the tokens' first choices.
+      router_confidence: the probabilities of the tokens' best experts.
+      nonfinite: tokens left out because a logit was infinite or not a number.
     """
 
     tokens: Array
     load_balance_loss: Array
     router_z_loss: Array
+    importance_loss: Array
+    load_loss: Array
     expert_load: Array
     dropped: Array
     router_entropy: Array
     router_confidence: Array
+    nonfinite: Array
 
     def means(self) -> dict[str, Array]:
         """Means over tokens: ``fraction_dropped``, ``expert_load`` (as fractions) and the others by name."""
@@ -102,6 +149,8 @@ class RouterStats:
         return {
             "load_balance_loss": self.load_balance_loss / tokens,
             "router_z_loss": self.router_z_loss / tokens,
+            "importance_loss": self.importance_loss / tokens,
+            "load_loss": self.load_loss / tokens,
             "expert_load": self.expert_load / tokens[..., None],
             "fraction_dropped": self.dropped / tokens,
             "router_entropy": self.router_entropy / tokens,
@@ -109,27 +158,37 @@ class RouterStats:
         }
 
 
-def router_stats(router_logits: Array, router_probs: Array, assignment: Assignment, mask: Array) -> RouterStats:
+def router_stats(
+    routing: Routing, router_logits: Array | None, mask: Array, real: Array, *, scope: BalanceScope = "group"
+) -> RouterStats:
     """Sums up one layer.
 
     Args:
-      router_logits: ``[G, S, E]``.
-      router_probs: ``[G, S, E]``.
-      assignment: of the same tokens.
-      mask: ``[G, S]`` bool, False for padding.
+      routing: what the router decided.
+      router_logits: ``[G, S, E]``, finite; None where the router has none.
+      mask: ``[G, S]`` bool, the tokens that were routed.
+      real: ``[G, S]`` bool, False for padding; ``mask`` but for tokens without finite logits.
+      scope: of the load-balance loss.
     """
-    logits, probs = router_logits.astype(jnp.float32), router_probs.astype(jnp.float32)
-    group_tokens = jnp.sum(mask, axis=-1).astype(jnp.float32)
-    group_losses = load_balance_loss(probs, assignment.expert, mask)
-    frozen = jax.lax.stop_gradient((logits, probs))
-    entropy = jax.nn.logsumexp(frozen[0], axis=-1) - jnp.sum(frozen[0] * frozen[1], axis=-1)
-    load = expert_load(assignment.expert, assignment.num_experts)
+    probs = routing.probs.astype(jnp.float32)
+    tokens = jnp.sum(mask, axis=-1).astype(jnp.float32)
+    frozen = jax.lax.stop_gradient(probs)
+    zero = jnp.zeros((), jnp.float32)
+
+    def summed(losses: Array) -> Array:
+        return jnp.sum(losses * tokens)
+
     return RouterStats(
-        tokens=jnp.sum(group_tokens),
-        load_balance_loss=jnp.sum(group_losses * group_tokens),
-        router_z_loss=jnp.sum(router_z_loss(logits, mask)),
-        expert_load=jnp.sum(load, axis=0).astype(jnp.float32),
-        dropped=jnp.sum(mask & ~assignment.kept).astype(jnp.float32),
-        router_entropy=jnp.sum(entropy * mask),
-        router_confidence=jnp.sum(jnp.max(frozen[1], axis=-1) * mask),
+        tokens=jnp.sum(tokens),
+        load_balance_loss=summed(load_balance_loss(probs, routing.load, mask, scope=scope)),
+        router_z_loss=(
+            zero if router_logits is None else jnp.sum(router_z_loss(router_logits.astype(jnp.float32), mask))
+        ),
+        importance_loss=summed(importance_loss(probs, mask)),
+        load_loss=zero if routing.load_probs is None else summed(load_loss(routing.load_probs, mask)),
+        expert_load=jnp.sum(routing.load, axis=0).astype(jnp.float32),
+        dropped=jnp.sum(mask & ~routing.assignment.kept).astype(jnp.float32),
+        router_entropy=-jnp.sum(jax.scipy.special.xlogy(frozen, frozen) * mask[..., None]),
+        router_confidence=jnp.sum(jnp.max(frozen, axis=-1) * mask),
+        nonfinite=jnp.sum(real & ~mask).astype(jnp.float32),
     )

@@ -2,8 +2,9 @@
 
 Two interchangeable methods compute the same function and the same gradients:
 
-* ``gather`` reads rows by index in the forward pass and, through its own derivative, in the backward pass
-  too: an assignment is one-to-one, so the transpose of a gather by ``slot`` is a gather by ``token``.
+* ``gather`` reads rows by index in the forward pass and, through its own derivatives, in the backward pass too: an
+  assignment is one-to-one between choices and slots, so the transpose of a gather by ``token`` is a sum over a
+  token's few slots. Where a token may have many (expert choice), the rows are added into their tokens instead.
 * ``einsum`` multiplies by one-hot masks ``[G, S, E, C]`` as the paper's pseudocode does (appendix F). It costs
   a matrix multiplication as large as a dense layer's, and is kept as the reference.
 """
@@ -21,6 +22,9 @@ from switch_t5.types import Array
 
 DispatchMethod = Literal["gather", "einsum"]
 
+_GATHERED_CHOICES = 8
+"""More choices than this are added up by slot, which reads each row once."""
+
 
 class Dispatcher(Protocol):
     """The interface that every method offers."""
@@ -30,7 +34,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, y: Array, assignment: Assignment) -> Array:
-        """``[G, E, C, D]`` expert outputs to ``[G, S, D]``, scaled by the weight; no slot gives zero."""
+        """``[G, E, C, D]`` expert outputs to ``[G, S, D]``: sums over choices, each scaled by its weight."""
         ...
 
 
@@ -39,14 +43,13 @@ class Gather:
 
     def dispatch(self, x: Array, assignment: Assignment) -> Array:
         """See :class:`Dispatcher`."""
-        rows = _take_rows(x, assignment.token, assignment.slot)
+        rows = _to_slots(x, assignment.slot, assignment.token)
         return rows.reshape(x.shape[0], assignment.num_experts, assignment.capacity, x.shape[-1])
 
     def combine(self, y: Array, assignment: Assignment) -> Array:
         """See :class:`Dispatcher`."""
         rows = y.reshape(y.shape[0], assignment.num_experts * assignment.capacity, y.shape[-1])
-        weight = assignment.weight.astype(y.dtype)
-        return _scale_rows(_take_rows(rows, assignment.slot, assignment.token), weight)
+        return _to_tokens(rows, assignment.weight.astype(y.dtype), assignment.slot, assignment.entry)
 
 
 class Einsum:
@@ -54,23 +57,27 @@ class Einsum:
 
     def dispatch(self, x: Array, assignment: Assignment) -> Array:
         """See :class:`Dispatcher`."""
-        return jnp.einsum("gsec,gsd->gecd", _one_hot(assignment, x.dtype), x)
+        # A row without a slot is multiplied by zero, which would not stop a NaN.
+        x = jnp.where(assignment.kept[..., None], x, 0)
+        return jnp.einsum("gsec,gsd->gecd", _masks(assignment, jnp.ones_like(assignment.weight, x.dtype)), x)
 
     def combine(self, y: Array, assignment: Assignment) -> Array:
         """See :class:`Dispatcher`."""
-        weight = assignment.weight.astype(y.dtype)
-        mask = _one_hot(assignment, y.dtype) * weight[..., None, None]
-        return jnp.einsum("gsec,gecd->gsd", mask, y)
+        return jnp.einsum("gsec,gecd->gsd", _masks(assignment, assignment.weight.astype(y.dtype)), y)
 
 
 DISPATCHERS: dict[DispatchMethod, Dispatcher] = {"gather": Gather(), "einsum": Einsum()}
 
 
-def _one_hot(assignment: Assignment, dtype: jnp.dtype) -> Array:
-    """``[G, S, E, C]``: 1 at the token's slot."""
+def _masks(assignment: Assignment, weight: Array) -> Array:
+    """``[G, S, E, C]``: the choice's ``weight`` ``[G, S, K]`` at its slot."""
+    groups, tokens, choices = assignment.slot.shape
     experts, capacity = assignment.num_experts, assignment.capacity
-    flat = jax.nn.one_hot(assignment.slot, experts * capacity, dtype=dtype)
-    return flat.reshape(*assignment.slot.shape, experts, capacity)
+    flat = sum(
+        jax.nn.one_hot(assignment.slot[..., choice], experts * capacity, dtype=weight.dtype) * weight[..., choice, None]
+        for choice in range(choices)
+    )
+    return jnp.asarray(flat).reshape(groups, tokens, experts, capacity)
 
 
 def _rows(x: Array, index: Array) -> Array:
@@ -78,43 +85,59 @@ def _rows(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def _take_rows(x: Array, index: Array, inverse: Array) -> Array:
-    """Rows of ``x`` ``[G, N, D]`` by ``index`` ``[G, M]``; ``inverse`` ``[G, N]`` says who took each row."""
-    del inverse
-    return _rows(x, index)
+def _sum_by_token(rows: Array, slot: Array, token: Array) -> Array:
+    """``[G, E * C, D]`` rows to ``[G, S, D]``: the sum of each token's rows."""
+    groups, tokens, choices = slot.shape
+    if choices <= _GATHERED_CHOICES:
+        first, *others = (_rows(rows, slot[..., choice]) for choice in range(choices))
+        return sum(others, start=first)
+    group = jnp.arange(groups)[:, None]
+    return jnp.zeros((groups, tokens, rows.shape[-1]), rows.dtype).at[group, token].add(rows, mode="drop")
 
 
-def _take_rows_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rows(x, index), (index, inverse)
-
-
-def _take_rows_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, np.ndarray, np.ndarray]:
-    index, inverse = residuals
-    no_gradient = (np.zeros(index.shape, jax.dtypes.float0), np.zeros(inverse.shape, jax.dtypes.float0))
-    return _rows(dy, inverse), *no_gradient
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+def _no_gradient(index: Array) -> np.ndarray:
+    return np.zeros(index.shape, jax.dtypes.float0)
 
 
 @jax.custom_vjp
-def _scale_rows(rows: Array, weight: Array) -> Array:
-    """``[G, S, D]`` times ``[G, S]``.
-
-    The weight's gradient is a product with ones: the sum that it is would be fused with the broadcast that
-    follows, and computed slowly.
-    """
-    return rows * weight[..., None]
+def _to_slots(x: Array, slot: Array, token: Array) -> Array:
+    """``[G, S, D]`` to ``[G, E * C, D]`` by ``token``; ``slot`` is what the derivative reads."""
+    del slot
+    return _rows(x, token)
 
 
-def _scale_rows_forward(rows: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return rows * weight[..., None], (rows, weight)
+def _to_slots_forward(x: Array, slot: Array, token: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rows(x, token), (slot, token)
 
 
-def _scale_rows_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    rows, weight = residuals
-    return dy * weight[..., None], (dy * rows) @ jnp.ones(rows.shape[-1], rows.dtype)
+def _to_slots_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, np.ndarray, np.ndarray]:
+    slot, token = residuals
+    return _sum_by_token(dy, slot, token), _no_gradient(slot), _no_gradient(token)
 
 
-_scale_rows.defvjp(_scale_rows_forward, _scale_rows_backward)
+_to_slots.defvjp(_to_slots_forward, _to_slots_backward)
+
+
+@jax.custom_vjp
+def _to_tokens(rows: Array, weight: Array, slot: Array, entry: Array) -> Array:
+    """``[G, E * C, D]`` to ``[G, S, D]``: each row times its weight ``[G, S, K]``, summed by token."""
+    return _to_tokens_forward(rows, weight, slot, entry)[0]
+
+
+def _to_tokens_forward(rows: Array, weight: Array, slot: Array, entry: Array) -> tuple[Array, tuple[Array, ...]]:
+    of_slot = _rows(weight.reshape(weight.shape[0], -1, 1), entry)
+    return _sum_by_token(rows * of_slot, slot, entry // slot.shape[-1]), (rows, of_slot, slot, entry)
+
+
+def _to_tokens_backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, np.ndarray, np.ndarray]:
+    rows, of_slot, slot, entry = residuals
+    dy_rows = _rows(dy, entry // slot.shape[-1])
+    # A product with ones: XLA's CPU backend would fuse the sum that it is with what reads it, and be slow.
+    d_of_slot = jnp.matmul(
+        dy_rows * rows, jnp.ones((rows.shape[-1], 1), rows.dtype), precision=jax.lax.Precision.HIGHEST
+    )
+    d_weight = _rows(d_of_slot, slot.reshape(slot.shape[0], -1)).reshape(slot.shape)
+    return dy_rows * of_slot, d_weight, _no_gradient(slot), _no_gradient(entry)
+
+
+_to_tokens.defvjp(_to_tokens_forward, _to_tokens_backward)

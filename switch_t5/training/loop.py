@@ -139,6 +139,8 @@ def scalars(metrics: Metrics) -> dict[str, float]:
         means = stats.means()
         for name in ("fraction_dropped", "router_entropy", "router_confidence"):
             values |= {f"{stack}/{layer}/{name}": float(mean) for layer, mean in enumerate(means[name])}
+        for layer, tokens in enumerate(np.asarray(stats.nonfinite)):
+            values |= {f"{stack}/{layer}/nonfinite": float(tokens)} if tokens else {}
     return values
 
 

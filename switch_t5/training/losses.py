@@ -14,6 +14,9 @@ from switch_t5.errors import ConfigError, check_types
 from switch_t5.model.transformer import ModelStats, logits
 from switch_t5.types import Array, Batch
 
+ROUTER_LOSSES = ("load_balance_loss", "router_z_loss", "importance_loss", "load_loss")
+"""Fields of :class:`RouterStats` that a weight of :class:`LossConfig` adds to the loss."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -24,6 +27,8 @@ class LossConfig:
       z_loss: weight of ``logsumexp(logits)^2``.
       load_balance_loss_weight: alpha of eq. 4.
       router_z_loss_weight: weight of the router z-loss.
+      importance_loss_weight: weight of the importance loss (Shazeer et al. 2017).
+      load_loss_weight: weight of the load loss (Shazeer et al. 2017); its router needs gaussian exploration.
       sparse_layer_reduction: the router's losses are averaged over sparse layers (T5X) or summed (Mesh
         TensorFlow).
       loss_normalizing_factor: what the summed cross-entropy is divided by: ``num_real_target_tokens``,
@@ -34,6 +39,8 @@ class LossConfig:
     z_loss: float = 1e-4
     load_balance_loss_weight: float = 1e-2
     router_z_loss_weight: float = 0.0
+    importance_loss_weight: float = 0.0
+    load_loss_weight: float = 0.0
     sparse_layer_reduction: Literal["mean", "sum"] = "mean"
     loss_normalizing_factor: float | Literal["num_real_target_tokens", "num_total_target_tokens"] = (
         "num_real_target_tokens"
@@ -43,7 +50,7 @@ class LossConfig:
         check_types(self)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError("LossConfig.label_smoothing", f"must be in [0, 1), got {self.label_smoothing}.")
-        for field in ("z_loss", "load_balance_loss_weight", "router_z_loss_weight"):
+        for field in ("z_loss", *(f"{name}_weight" for name in ROUTER_LOSSES)):
             if getattr(self, field) < 0:
                 raise ConfigError(f"LossConfig.{field}", f"must not be negative, got {getattr(self, field)}.")
         factor = self.loss_normalizing_factor
@@ -88,7 +95,8 @@ def router_loss(stats: ModelStats, totals: Totals, config: LossConfig) -> dict[s
     """The router's losses of a (micro)batch, each over its stack's tokens and reduced over sparse layers.
 
     Returns:
-      ``load_balance_loss`` and ``router_z_loss``, unweighted scalars; empty for a dense model.
+      ``load_balance_loss``, ``router_z_loss`` and what else has a weight, as unweighted scalars; empty for a dense
+      model.
     """
     stacks = stats.stacks()
     if not stacks:
@@ -102,7 +110,8 @@ def router_loss(stats: ModelStats, totals: Totals, config: LossConfig) -> dict[s
             start=jnp.zeros(()),
         )
 
-    return {name: reduce(name) for name in ("load_balance_loss", "router_z_loss")}
+    always = ("load_balance_loss", "router_z_loss")
+    return {name: reduce(name) for name in ROUTER_LOSSES if name in always or getattr(config, f"{name}_weight")}
 
 
 def cross_entropy(

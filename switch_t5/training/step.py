@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from switch_t5.model.functional import Model
+from switch_t5.model.router_bias import update_router_biases
 from switch_t5.model.transformer import logits
 from switch_t5.training.losses import LossConfig, Totals, batch_totals, cross_entropy, router_loss
 from switch_t5.training.state import TrainState
@@ -49,6 +50,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast("Params", optax.apply_updates(state.params, updates))
+        params = update_router_biases(params, metrics["router"], model.config)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -68,8 +70,8 @@ def batch_loss(
     )
     parts = {"cross_entropy": nats / totals.normalizer, "z_loss": z_loss / totals.normalizer}
     router = router_loss(stats, totals, config)
-    weight = {"load_balance_loss": config.load_balance_loss_weight, "router_z_loss": config.router_z_loss_weight}
-    loss = sum((weight[name] * value for name, value in router.items()), parts["cross_entropy"] + parts["z_loss"])
+    weighted = (getattr(config, f"{name}_weight") * value for name, value in router.items())
+    loss = sum(weighted, parts["cross_entropy"] + parts["z_loss"])
     return loss, {"loss": loss, **parts, **router, "router": stats.stacks()}
 
 

@@ -212,3 +212,23 @@ def test_every_stack_of_a_sparse_model_alternates_or_is_wholly_sparse(transforme
     assert transformer("switch_c_e2048").encoder_pattern == (True,) * 15
     dense = transformer("t5_base")
     assert dense.encoder_pattern == dense.decoder_pattern == (False,) * 12
+
+
+def test_each_stack_may_have_a_router_of_its_own(load: Load):
+    flags = (
+        "RouterConfig.router='expert_choice'",
+        "TransformerConfig.decoder_moe=@decoder/MoEConfig()",
+        "decoder/RouterConfig.router='top_k'",
+        "decoder/RouterConfig.num_selected_experts=2",
+    )
+    config: TransformerConfig = load("runs/quickstart.gin", bindings=(MODEL_DIR, *flags)).get("TransformerConfig")
+    encoder, decoder = (config.moe_of(decoder=which) for which in (False, True))
+    assert encoder is not None and decoder is not None
+    assert (encoder.router.router, decoder.router.router) == ("expert_choice", "top_k")
+    assert (encoder.group_size, decoder.group_size) == (512, 512)
+    assert decoder.router.num_selected_experts == 2
+
+
+def test_a_router_that_a_decoder_cannot_have_is_refused_where_it_was_set(load: Load):
+    with pytest.raises(UserError, match=r"RouterConfig\.router cannot serve a decoder.*set by --gin\.RouterConfig"):
+        load("runs/quickstart.gin", bindings=(MODEL_DIR, "RouterConfig.router='sinkhorn'")).get("TransformerConfig")

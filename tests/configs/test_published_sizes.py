@@ -122,7 +122,7 @@ def test_every_model_has_the_parameters_of_its_shape(model_name, model):
 def test_a_token_passes_one_expert_of_every_sparse_layer(model_name, model):
     built: Model = model(model_name)
     shape = SHAPES[model_name]
-    assert active_parameter_count(built.abstract_params, built.axes) == shape.parameters(experts=1)
+    assert active_parameter_count(built.config, built.abstract_params, built.axes) == shape.parameters(experts=1)
 
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED_ROUGHLY.items())

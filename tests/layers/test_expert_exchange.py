@@ -50,7 +50,7 @@ def compiled(mesh_config: MeshConfig, *, gradient: bool) -> list[tuple[str, list
     mask = jnp.ones((BATCH, LENGTH), bool, device=named_sharding(mesh, ("batch", None), (BATCH, LENGTH)))
 
     def forward(params: Any, x: Array) -> tuple[Array, Any]:
-        return nnx.merge(graph, params)(x, mask, sequences=2, train=True, rng=None)
+        return nnx.merge(graph, params)(x, mask, tokens=mask.astype(jnp.int32), sequences=2, train=True, rng=None)
 
     def loss(params: Any, x: Array) -> Array:
         y, stats = forward(params, x)

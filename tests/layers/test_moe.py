@@ -44,7 +44,7 @@ def tokens(seed: int = 0, dtype: Any = jnp.float32) -> tuple[Array, Array]:
 def apply(
     layer: SwitchFeedForward, x: Array, mask: Array, *, train: bool = False, rng: Array | None = None
 ) -> tuple[Array, RouterStats]:
-    return layer(x, mask, sequences=SEQUENCES, train=train, rng=rng)
+    return layer(x, mask, tokens=jnp.ones(mask.shape, jnp.int32), sequences=SEQUENCES, train=train, rng=rng)
 
 
 def walk(layer: SwitchFeedForward, x: Array, mask: Array, capacity: int) -> dict[str, np.ndarray]:
@@ -167,7 +167,8 @@ def test_jitter_stays_within_its_bounds() -> None:
     @jax.jit
     @jax.vmap
     def factor(key: Array) -> Array:
-        _, stats = layer(jnp.ones((1, 1, 1)), jnp.ones((1, 1), bool), sequences=1, train=True, rng=key)
+        one = jnp.ones((1, 1), jnp.int32)
+        _, stats = layer(jnp.ones((1, 1, 1)), one > 0, tokens=one, sequences=1, train=True, rng=key)
         return jnp.sqrt(stats.router_z_loss)
 
     factors = np.asarray(factor(jax.random.split(jax.random.key(0), 500)))

@@ -75,7 +75,9 @@ def outcome(config: TransformerConfig, *, random_parts: bool = False) -> tuple[P
     rng = jax.random.key(1) if random_parts else None
 
     def loss(params: nnx.State, x: Array, positions: Array) -> tuple[Array, Any]:
-        inputs = BlockInputs(mask, mask_bias(mask, mask), positions, None, None, sequences=2, train=True)
+        inputs = BlockInputs(
+            jnp.ones(mask.shape, jnp.int32), mask, mask_bias(mask, mask), positions, None, None, sequences=2, train=True
+        )
         y, stats = nnx.merge(graph, params)(x, inputs, rng)
         assert stats is not None
         return jnp.sum(jnp.sin(y)) + jnp.sum(stats.load_balance_loss + stats.router_z_loss), (y, stats)

@@ -77,8 +77,8 @@ def test_a_token_passes_one_expert_of_each_sparse_layer(scan_layers: bool):
     sparse_layers, expert, router = 1 + 2, 2 * 8 * 5, 8 * 4
     without = parameter_count(dense.abstract_params)
     assert parameter_count(model.abstract_params) == without + sparse_layers * (3 * expert + router)
-    assert active_parameter_count(model.abstract_params, model.axes) == without + sparse_layers * router
-    assert active_parameter_count(dense.abstract_params, dense.axes) == without
+    assert active_parameter_count(model.config, model.abstract_params, model.axes) == without + sparse_layers * router
+    assert active_parameter_count(dense.config, dense.abstract_params, dense.axes) == without
 
 
 def test_a_dense_models_operations_are_counted_by_hand():
@@ -142,9 +142,9 @@ def test_the_operations_are_those_of_the_traced_model(moe: MoEConfig | None, sca
     )
     for batch, lengths in ((4, (8, 4)), (2, (16, 7)), (2, (24, 6))):
         once, twice = (traced_matrix_flops(config, size, lengths, train=train) for size in (batch, 2 * batch))
-        # Routers sum their probabilities over tokens by products, which are no work of the model.
+        # Routers sum their probabilities over tokens by products, for two losses, which are no work of the model.
         sums = sum(
-            2 * config.moe.num_experts * batch * length * sum(pattern)
+            2 * 2 * config.moe.num_experts * batch * length * sum(pattern)
             for length, pattern in zip(lengths, (config.encoder_pattern, config.decoder_pattern), strict=True)
             if config.moe is not None
         )

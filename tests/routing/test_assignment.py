@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switch_t5.routing import assignment as routing
+from switch_t5.routing import choice
+from switch_t5.routing.assignment import Assignment
 
-top_1 = jax.jit(routing.top_1, static_argnums=1)
+top_k = jax.jit(choice.top_k, static_argnums=1)
+
+
+def top_1(probs: jax.Array, capacity: int, mask: jax.Array) -> Assignment:
+    """One choice, its axis taken away; with one choice an entry is a token."""
+    found = top_k(probs, capacity, mask)
+    expert, slot, weight = (x[..., 0] for x in (found.expert, found.slot, found.weight))
+    return dataclasses.replace(found, expert=expert, slot=slot, weight=weight)
+
+
+def has_slot(assignment: Assignment) -> jax.Array:
+    return assignment.slot < assignment.num_experts * assignment.capacity
 
 
 def assign_in_a_loop(probs: np.ndarray, capacity: int, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -32,7 +46,7 @@ def assign_in_a_loop(probs: np.ndarray, capacity: int, mask: np.ndarray) -> dict
                 slot[g, s] = best * capacity + used[best]
                 token[g, slot[g, s]] = s
                 used[best] += 1
-    return {"expert": expert, "slot": slot, "token": token, "weight": weight}
+    return {"expert": expert, "slot": slot, "entry": token, "weight": weight}
 
 
 def one_hot_probs(choices: list[int], experts: int) -> jax.Array:
@@ -45,8 +59,8 @@ def test_slots_are_given_in_the_tokens_order_until_the_expert_is_full() -> None:
     np.testing.assert_array_equal(assignment.expert, [[1, 0, 1, 1, 2]])
     # Expert e has the slots 2e and 2e + 1; the third token for expert 1 finds none.
     np.testing.assert_array_equal(assignment.slot, [[2, 0, 3, 6, 4]])
-    np.testing.assert_array_equal(assignment.token, [[1, 5, 0, 2, 4, 5]])
-    np.testing.assert_array_equal(assignment.kept, [[True, True, True, False, True]])
+    np.testing.assert_array_equal(assignment.entry, [[1, 5, 0, 2, 4, 5]])
+    np.testing.assert_array_equal(has_slot(assignment), [[True, True, True, False, True]])
 
 
 def test_padding_takes_no_slot_and_has_no_expert_and_no_weight() -> None:
@@ -54,7 +68,7 @@ def test_padding_takes_no_slot_and_has_no_expert_and_no_weight() -> None:
     assignment = top_1(one_hot_probs([1, 0, 1, 1, 1], 3), 2, mask)
     np.testing.assert_array_equal(assignment.expert, [[3, 0, 3, 1, 1]])
     np.testing.assert_array_equal(assignment.slot, [[6, 0, 6, 2, 3]])
-    np.testing.assert_array_equal(assignment.token, [[1, 5, 3, 4, 5, 5]])
+    np.testing.assert_array_equal(assignment.entry, [[1, 5, 3, 4, 5, 5]])
     np.testing.assert_array_equal(np.asarray(assignment.weight) > 0, mask)
 
 
@@ -67,7 +81,7 @@ def test_the_weight_of_a_dropped_token_is_still_its_probability() -> None:
     probs = jnp.asarray([[[0.75, 0.25], [0.625, 0.375]]])
     assignment = top_1(probs, 1, jnp.ones((1, 2), bool))
     np.testing.assert_array_equal(assignment.weight, [[0.75, 0.625]])
-    np.testing.assert_array_equal(assignment.kept, [[True, False]])
+    np.testing.assert_array_equal(has_slot(assignment), [[True, False]])
 
 
 def test_the_weights_gradient_reaches_the_chosen_probability_alone() -> None:
@@ -106,7 +120,7 @@ def test_slots_and_tokens_are_one_to_one_and_no_expert_exceeds_its_capacity(
 ) -> None:
     experts, tokens = 4, 7
     assignment = top_1(one_hot_probs(choices, experts), capacity, jnp.asarray([real]))
-    slot, token = np.asarray(assignment.slot)[0], np.asarray(assignment.token)[0]
+    slot, token = np.asarray(assignment.slot)[0], np.asarray(assignment.entry)[0]
     kept = np.flatnonzero(slot < experts * capacity)
     np.testing.assert_array_equal(token[slot[kept]], kept)
     taken = np.flatnonzero(token < tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_t5.routing.assignment import Assignment, top_1
+from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.choice import top_k
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.types import Array
 
@@ -32,7 +34,7 @@ def routed(seed: int = 0) -> dict[str, Array]:
 
 def layer(method: DispatchMethod, x: Array, router: Array, kernel: Array, mask: Array) -> Array:
     """A Switch layer whose experts are one matrix each."""
-    assignment = top_1(jax.nn.softmax(x @ router), CAPACITY, mask)
+    assignment = top_k(jax.nn.softmax(x @ router), CAPACITY, mask)
     dispatched = DISPATCHERS[method].dispatch(x, assignment)
     outputs = jnp.einsum("gecd,edf->gecf", dispatched, kernel)
     return DISPATCHERS[method].combine(outputs, assignment)
@@ -40,7 +42,7 @@ def layer(method: DispatchMethod, x: Array, router: Array, kernel: Array, mask: 
 
 @jax.jit
 def assignment_of(arrays: dict[str, Array]) -> Assignment:
-    return top_1(jax.nn.softmax(arrays["x"] @ arrays["router"]), CAPACITY, arrays["mask"])
+    return top_k(jax.nn.softmax(arrays["x"] @ arrays["router"]), CAPACITY, arrays["mask"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,7 +67,7 @@ def test_dispatch_puts_each_token_into_its_slot_and_zeros_elsewhere(method: Disp
     assignment, x = assignment_of(arrays), np.asarray(arrays["x"])
     expected = np.zeros((GROUPS, EXPERTS * CAPACITY, FEATURES), np.float32)
     for g, s in np.argwhere(np.asarray(assignment.kept)):
-        expected[g, np.asarray(assignment.slot)[g, s]] = x[g, s]
+        expected[g, np.asarray(assignment.slot)[g, s, 0]] = x[g, s]
     dispatched = DISPATCHERS[method].dispatch(arrays["x"], assignment)
     assert dispatched.shape == (GROUPS, EXPERTS, CAPACITY, FEATURES)
     np.testing.assert_array_equal(dispatched.reshape(expected.shape), expected)
@@ -78,8 +80,8 @@ def test_combine_scales_by_the_weight_and_gives_zero_without_a_slot(method: Disp
     y = np.random.default_rng(1).normal(size=(GROUPS, EXPERTS, CAPACITY, FEATURES)).astype(np.float32)
     expected = np.zeros((GROUPS, TOKENS, FEATURES), np.float32)
     for g, s in np.argwhere(np.asarray(assignment.kept)):
-        expert, position = divmod(int(assignment.slot[g, s]), CAPACITY)
-        expected[g, s] = y[g, expert, position] * np.asarray(assignment.weight)[g, s]
+        expert, position = divmod(int(assignment.slot[g, s, 0]), CAPACITY)
+        expected[g, s] = y[g, expert, position] * np.asarray(assignment.weight)[g, s, 0]
     np.testing.assert_allclose(DISPATCHERS[method].combine(jnp.asarray(y), assignment), expected, rtol=1e-6)
 
 
@@ -87,9 +89,7 @@ def test_combine_scales_by_the_weight_and_gives_zero_without_a_slot(method: Disp
 def test_combining_what_was_dispatched_with_weight_one_gives_back_the_kept_tokens(method: DispatchMethod) -> None:
     arrays = routed()
     assignment = assignment_of(arrays)
-    unit = Assignment(
-        assignment.expert, assignment.slot, assignment.token, jnp.ones((GROUPS, TOKENS)), EXPERTS, CAPACITY
-    )
+    unit = dataclasses.replace(assignment, weight=jnp.ones((GROUPS, TOKENS, 1)))
     dispatcher = DISPATCHERS[method]
     back = dispatcher.combine(dispatcher.dispatch(arrays["x"], unit), unit)
     np.testing.assert_array_equal(back, arrays["x"] * assignment.kept[..., None])
@@ -144,7 +144,7 @@ def traced(method: DispatchMethod) -> tuple[set[str], int]:
     mask = jnp.ones((groups, tokens), bool)
 
     def loss(x: Array, router: Array, kernel: Array) -> Array:
-        assignment = top_1(jax.nn.softmax(x @ router), capacity, mask)
+        assignment = top_k(jax.nn.softmax(x @ router), capacity, mask)
         dispatched = DISPATCHERS[method].dispatch(x, assignment)
         outputs = jnp.einsum("gecd,edf->gecf", dispatched, kernel)
         return jnp.sum(DISPATCHERS[method].combine(outputs, assignment))

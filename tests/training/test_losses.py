@@ -143,10 +143,13 @@ def stack_stats(balance: list[float], z_loss: list[float]) -> RouterStats:
         tokens=zeros,
         load_balance_loss=jnp.asarray(balance),
         router_z_loss=jnp.asarray(z_loss),
+        importance_loss=3 * jnp.asarray(balance),
+        load_loss=5 * jnp.asarray(z_loss),
         expert_load=jnp.zeros((layers, 2)),
         dropped=zeros,
         router_entropy=zeros,
         router_confidence=zeros,
+        nonfinite=zeros,
     )
 
 
@@ -156,9 +159,12 @@ def test_router_losses_are_over_their_stacks_tokens_and_reduced_over_sparse_laye
 ) -> None:
     stats = ModelStats(stack_stats([8.0, 4.0], [2.0, 6.0]), stack_stats([10.0], [5.0]))
     totals = batch_totals(BATCH_OF_COUNTS, LossConfig())
-    losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction=reduction))
+    weights = {"importance_loss_weight": 0.1, "load_loss_weight": 0.1}
+    losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction=reduction, **weights))
     np.testing.assert_allclose(losses["load_balance_loss"], scale * (12 / 4 + 10 / 5), rtol=1e-6)
     np.testing.assert_allclose(losses["router_z_loss"], scale * (8 / 4 + 5 / 5), rtol=1e-6)
+    np.testing.assert_allclose(losses["importance_loss"], 3 * losses["load_balance_loss"], rtol=1e-6)
+    np.testing.assert_allclose(losses["load_loss"], 5 * losses["router_z_loss"], rtol=1e-6)
 
 
 def test_a_model_sparse_in_one_stack_alone_averages_over_that_stack() -> None:

@@ -1,0 +1,63 @@
+"""``switch-t5 conformance``: the sparse layer on these devices beside the float64 oracle, cell by cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from switch_t5.cli.output import add_json_flag, write_json
+from switch_t5.errors import UserError
+
+GREEN, RED = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own flags."""
+    parser.add_argument("--quick", action="store_true", help="one device, float32 and the default dispatch alone")
+    parser.add_argument(
+        "--num_cpu_devices", type=int, default=8, metavar="N", help="virtual devices, where there is no accelerator"
+    )
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks every cell, prints a table, and returns 0 where all are within their bounds and 1 otherwise."""
+    if args.num_cpu_devices < 1:
+        raise UserError(f"--num_cpu_devices must be at least 1, got {args.num_cpu_devices}.")
+    import jax
+
+    from switch_t5.conformance.cells import ROUTERS, Cell, cells, check
+
+    jax.config.update("jax_num_cpu_devices", args.num_cpu_devices)
+    chosen = [Cell(router) for router in ROUTERS] if args.quick else list(cells(jax.device_count()))
+    device = jax.devices()[0].device_kind
+    print(f"{len(chosen)} cells on {jax.device_count()} {device}, jax {jax.__version__}", file=sys.stderr)
+    print(
+        "| router | dispatch | dtype | mesh | worst error | in | within |\n|---|---|---|---|---|---|---|",
+        file=sys.stderr,
+    )
+    rows, is_green = [], True
+    for cell in chosen:
+        result = check(cell)
+        quantity, error = result.worst
+        is_green &= result.is_green
+        verdict = f"{result.bound:.0e}" if result.is_green else f"{result.bound:.0e}: NO"
+        print(
+            f"| {cell.router} | {cell.dispatch} | {cell.dtype} | {cell.mesh} | {error:.1e} | {quantity} | {verdict} |",
+            file=sys.stderr,
+            flush=True,
+        )
+        rows.append(
+            {
+                "router": cell.router,
+                "dispatch": cell.dispatch,
+                "dtype": cell.dtype,
+                "mesh": cell.mesh,
+                "errors": result.errors,
+                "bound": result.bound,
+                "is_green": result.is_green,
+            }
+        )
+    write_json({"device": device, "jax": jax.__version__, "cells": rows}, args.json)
+    print("all within their bounds." if is_green else "some cells are beyond their bound.", file=sys.stderr)
+    return GREEN if is_green else RED

@@ -1,0 +1,48 @@
+"""The command that certifies routing on the user's devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from switch_t5.cli.main import main
+from switch_t5.conformance import cells
+from switch_t5.conformance.cells import Cell, Result
+
+
+@pytest.fixture
+def two_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "ROUTERS", {name: cells.ROUTERS[name] for name in ("switch", "hash")})
+
+
+@pytest.mark.usefixtures("two_routers")
+def test_it_prints_a_line_a_cell_and_writes_every_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert main(["conformance", "--quick", f"--json={path}"]) == 0
+    printed = capsys.readouterr().err
+    assert "| switch | gather | float32 | 1 device |" in printed
+    assert printed.endswith("all within their bounds.\n")
+    rows = json.loads(path.read_text())["cells"]
+    assert [row["router"] for row in rows] == ["switch", "hash"]
+    assert all(row["is_green"] and 0 < max(row["errors"].values()) < row["bound"] for row in rows)
+
+
+@pytest.mark.usefixtures("two_routers")
+def test_a_cell_beyond_its_bound_makes_the_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(cell: Cell) -> Result:
+        return Result(cell, {"output": 1.0 if cell.router == "hash" else 0.0}, 0.5)
+
+    monkeypatch.setattr(cells, "check", check)
+    assert main(["conformance", "--quick"]) == 1
+    printed = capsys.readouterr().err
+    assert "| hash | gather | float32 | 1 device | 1.0e+00 | output | 5e-01: NO |" in printed
+    assert printed.endswith("some cells are beyond their bound.\n")
+
+
+def test_no_devices_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", "--num_cpu_devices=0"]) == 2
+    assert capsys.readouterr().err == "switch-t5: --num_cpu_devices must be at least 1, got 0.\n"
