@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from timing import add_common_flags, in_process, peak_resident_bytes, report, times
 
 from switch_t5.cli.allocator import large_page_environment
 
@@ -37,12 +34,10 @@ def main() -> int:
     """Runs the rows that the flags ask for and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--experts", default="0,8,32,64,128", help="rows, by number of experts; 0 is dense")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each row")
-    parser.add_argument("--quick", action="store_true", help="two rows of three steps, to see that it runs")
+    add_common_flags(parser, repeats=15)
     parser.add_argument("--peers", action="store_true", help="also time Hugging Face's model")
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with transformers and torch")
     parser.add_argument("--large_pages", action="store_true", help="ask malloc for large pages, as switch-t5 does")
-    parser.add_argument("--json", help="where to write the rows; - is standard output")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peer_row", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -59,24 +54,14 @@ def main() -> int:
         parser.error("--large_pages: this C library has none, or GLIBC_TUNABLES sets them already")
     rows = []
     for experts in [0, 8] if args.quick else [int(word) for word in args.experts.split(",")]:
-        rows.append(_in_process(sys.executable, "--row", experts, repeats, allocator))
+        timed = f"--repeats={repeats}"
+        rows.append(in_process(__file__, f"--row={experts}", timed, variables=allocator))
         if args.peers and experts <= 64:
-            rows.append(_in_process(args.peer_python, "--peer_row", experts, repeats, allocator))
-    text = json.dumps(rows, indent=1)
-    if args.json == "-":
-        print(text)
-    else:
-        print(table(rows))
-        if args.json:
-            Path(args.json).write_text(text + "\n")
+            rows.append(
+                in_process(__file__, f"--peer_row={experts}", timed, python=args.peer_python, variables=allocator)
+            )
+    report(rows, table(rows), args.json)
     return 0
-
-
-def _in_process(python: str, flag: str, experts: int, repeats: int, allocator: dict[str, str]) -> dict[str, Any]:
-    command = [python, __file__, f"{flag}={experts}", f"--repeats={repeats}"]
-    environment = {**os.environ, **allocator, "PYTHONPATH": str(Path(__file__).parents[2])}
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -100,25 +85,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{ratio} | {over} | {row['tokens_per_second']:,.0f} | {row['peak_bytes'] / 1e6:,.0f} | {compile_seconds} |"
         )
     return "\n".join(lines)
-
-
-def _peak_resident_bytes() -> int:
-    """The most memory that this process has held, libraries and compiler included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _times(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median (wall, CPU) seconds of each function, called in turn; the first round warms up."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            function()
-            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        name: tuple(statistics.median(column) for column in zip(*pairs[1:], strict=True))  # pyright: ignore
-        for name, pairs in seconds.items()
-    }
 
 
 def measure(experts: int, repeats: int) -> dict[str, Any]:
@@ -169,20 +135,20 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
 
     for _ in range(3):
         run_step()
-    peak_bytes = _peak_resident_bytes()  # Before the floor's arrays join in.
+    peak_bytes = peak_resident_bytes()  # Before the floor's arrays join in.
     products, floor = _floor(experts)
-    times = _times({"step": run_step, "floor": lambda: jax.block_until_ready(floor(products))}, repeats)
+    seconds = times({"step": run_step, "floor": lambda: jax.block_until_ready(floor(products))}, repeats)
     memory = compiled.memory_analysis()
     assert memory is not None
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "system": "switch_t5",
         "experts": experts,
-        "wall_seconds": times["step"][0],
-        "cpu_seconds": times["step"][1],
-        "floor_wall_seconds": times["floor"][0],
-        "floor_cpu_seconds": times["floor"][1],
-        "tokens_per_second": TOKENS / times["step"][0],
+        "wall_seconds": seconds["step"][0],
+        "cpu_seconds": seconds["step"][1],
+        "floor_wall_seconds": seconds["floor"][0],
+        "floor_cpu_seconds": seconds["floor"][1],
+        "tokens_per_second": TOKENS / seconds["step"][0],
         "peak_bytes": peak_bytes,
         "planned_bytes": planned + memory.temp_size_in_bytes,
         "compile_seconds": compile_seconds,
@@ -313,14 +279,14 @@ def measure_peer(experts: int, repeats: int) -> dict[str, Any]:
         model(input_ids=inputs, labels=labels).loss.backward()
         optimizer.step()
 
-    wall, cpu = _times({"step": step}, repeats)["step"]
+    wall, cpu = times({"step": step}, repeats)["step"]
     return {
         "system": "huggingface",
         "experts": experts,
         "wall_seconds": wall,
         "cpu_seconds": cpu,
         "tokens_per_second": TOKENS / wall,
-        "peak_bytes": _peak_resident_bytes(),
+        "peak_bytes": peak_resident_bytes(),
         "compile_seconds": 0.0,
     }
 
