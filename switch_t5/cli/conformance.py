@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from switch_t5.cli.output import add_json_flag, write_json
@@ -49,10 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
         rows.append(
             {
-                "router": cell.router,
-                "dispatch": cell.dispatch,
-                "dtype": cell.dtype,
-                "mesh": cell.mesh,
+                **dataclasses.asdict(cell),
                 "errors": result.errors,
                 "bound": result.bound,
                 "is_green": result.is_green,

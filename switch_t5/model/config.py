@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from switch_t5.errors import ConfigError, check_types
 from switch_t5.layers.initializers import Initialization
 from switch_t5.layers.moe import MoEConfig
+from switch_t5.routing.capacity import sequences_per_group
 
 LayerLayout = int | str | tuple[int, ...]
 
@@ -106,8 +107,8 @@ class TransformerConfig:
         return jnp.dtype(self.dtype)
 
     def _check_decoder(self) -> None:
-        assert self.moe is not None
-        moe = self.decoder_moe or self.moe
+        moe = self.moe_of(decoder=True)
+        assert self.moe is not None and moe is not None
         if moe.group_size != self.moe.group_size:
             raise ConfigError(
                 "TransformerConfig.decoder_moe",
@@ -127,6 +128,10 @@ class TransformerConfig:
     def moe_of(self, *, decoder: bool) -> MoEConfig | None:
         """The sparse layers of one stack; None for a dense model."""
         return self.decoder_moe if decoder and self.decoder_moe is not None else self.moe
+
+    def sequences_per_group(self, encoder_length: int) -> int:
+        """Sequences in a routing group, of both stacks; 1 for a dense model."""
+        return 1 if self.moe is None else sequences_per_group(self.moe.group_size, encoder_length)
 
     @property
     def encoder_pattern(self) -> tuple[bool, ...]:

@@ -9,7 +9,6 @@ from flax import nnx
 
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import SwitchTransformer
-from switch_t5.routing.capacity import sequences_per_group
 from switch_t5.types import Array, Params
 
 
@@ -32,11 +31,6 @@ class Model:
                 lambda leaf: leaf.get_metadata()["axes"], self._state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
             )
         )
-
-    def sequences_per_group(self, encoder_length: int) -> int:
-        """Sequences in a routing group; 1 where there are none."""
-        moe = self.config.moe
-        return 1 if moe is None else sequences_per_group(moe.group_size, encoder_length)
 
     def init(self, rng: Array) -> Params:
         """Draws the parameters; a pure function, to be jitted with the shardings of its result."""

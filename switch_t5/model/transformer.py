@@ -23,7 +23,6 @@ from switch_t5.model.config import TransformerConfig
 from switch_t5.model.stack import Stack
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import RouterStats
-from switch_t5.routing.capacity import sequences_per_group
 from switch_t5.types import Array, Batch
 
 
@@ -97,7 +96,9 @@ class SwitchTransformer(nnx.Module):
         """
         mask = tokens > 0
         bias = mask_bias(mask, mask, query_segments=segments, key_segments=segments)
-        inputs = BlockInputs(tokens, mask, bias, None, None, None, self._sequences(tokens), train)
+        inputs = BlockInputs(
+            tokens, mask, bias, None, None, None, self.config.sequences_per_group(tokens.shape[1]), train
+        )
         return self.encoder(self.embedding(tokens, self.config.activation_dtype), inputs, rng)
 
     def decode(
@@ -130,17 +131,19 @@ class SwitchTransformer(nnx.Module):
         self_mask = mask_bias(mask, mask, query_segments=segments, key_segments=segments, causal=True)
         cross_mask = mask_bias(mask, encoder_tokens > 0, query_segments=segments, key_segments=encoder_segments)
         inputs = BlockInputs(
-            input_tokens, mask, self_mask, None, encoded, cross_mask, self._sequences(encoder_tokens), train
+            input_tokens,
+            mask,
+            self_mask,
+            None,
+            encoded,
+            cross_mask,
+            self.config.sequences_per_group(encoder_tokens.shape[1]),
+            train,
         )
         x, stats = self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
         # Tied logits are divided by sqrt(embed): here, where the array is small, and in float32.
         scale = 1 / math.sqrt(self.config.emb_dim) if self.config.tied_logits else 1.0
         return x.astype(jnp.float32) * scale, stats
-
-    def _sequences(self, encoder_tokens: Array) -> int:
-        """Sequences in a routing group."""
-        moe = self.config.moe
-        return 1 if moe is None else sequences_per_group(moe.group_size, encoder_tokens.shape[1])
 
     def output_kernel(self) -> Array:
         """``[vocab, embed]`` float32: logits are the decoder's output times its transpose."""

@@ -104,11 +104,17 @@ def assignment_of_slots(expert: Array, slot: Array, weight: Array, num_experts: 
     return Assignment(expert, slot, entry, weight, num_experts, capacity)
 
 
+def load_of(expert: Array, num_experts: int) -> Array:
+    """``[G, E]`` int32: the choices ``[G, S, K]`` that fell on each expert (an index of ``num_experts`` is none)."""
+    index = jnp.arange(num_experts)
+    choices = [jnp.sum(expert[..., k, None] == index, axis=1, dtype=jnp.int32) for k in range(expert.shape[-1])]
+    return sum(choices[1:], start=choices[0])
+
+
 def position_in_expert(expert: Array, num_experts: int) -> Array:
     """``[G, N]`` int32: how many entries before this one name the same expert; ``expert`` ``[G, N]`` int32."""
     order, ordered_expert = _sorted(expert)
-    first, _ = _counts(expert, num_experts)
-    rank = jnp.arange(expert.shape[-1], dtype=jnp.int32) - jnp.take_along_axis(first, ordered_expert, axis=-1)
+    rank = _ranks(ordered_expert, _counts(expert, num_experts)[0])
     return jnp.take_along_axis(rank, _inverse(order), axis=-1)
 
 
@@ -120,7 +126,7 @@ def _slots_of_queue(expert: Array, num_experts: int, capacity: int) -> tuple[Arr
     """
     order, ordered_expert = _sorted(expert)
     first, count = _counts(expert, num_experts)
-    rank = jnp.arange(expert.shape[-1], dtype=jnp.int32) - jnp.take_along_axis(first, ordered_expert, axis=-1)
+    rank = _ranks(ordered_expert, first)
     fits = (rank < capacity) & (ordered_expert < num_experts)
     ordered_slot = jnp.where(fits, ordered_expert * capacity + rank, num_experts * capacity)
     slot = jnp.take_along_axis(ordered_slot, _inverse(order), axis=-1)
@@ -134,9 +140,15 @@ def _sorted(expert: Array) -> tuple[Array, Array]:
     return ordered % places, ordered // places
 
 
+def _ranks(ordered_expert: Array, first: Array) -> Array:
+    """``[G, N]``: how far each sorted entry stands behind its expert's first."""
+    place = jnp.arange(ordered_expert.shape[-1], dtype=jnp.int32)
+    return place - jnp.take_along_axis(first, ordered_expert, axis=-1)
+
+
 def _counts(expert: Array, num_experts: int) -> tuple[Array, Array]:
     """``[G, E + 1]``: the entries before each expert's first among the sorted ones, and the entries of each."""
-    count = jnp.sum(expert[..., None] == jnp.arange(num_experts + 1), axis=1, dtype=jnp.int32)
+    count = load_of(expert[..., None], num_experts + 1)
     return jnp.cumsum(count, axis=-1) - count, count
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from switch_t5.routing.assignment import Assignment, assign_slots, assignment_of_slots, position_in_expert
+from switch_t5.routing.assignment import Assignment, assign_slots, assignment_of_slots, load_of, position_in_expert
 from switch_t5.types import Array
 
 
@@ -46,8 +46,7 @@ def top_k(
     expert = jnp.where(mask[..., None], chosen, num_experts)
     weight = _probs_of(router_probs, expert)
     if renormalize:
-        total = jnp.sum(weight, axis=-1, keepdims=True)
-        weight = weight / jnp.where(total > 0, total, 1)
+        weight = _renormalized(weight)
     if scale != 1:
         weight = weight * scale
     order = None
@@ -70,9 +69,7 @@ def gshard_top_2(router_probs: Array, capacity: int, mask: Array, *, uniform: Ar
     """
     num_experts = router_probs.shape[-1]
     chosen = jnp.where(mask[..., None], _best(jax.lax.stop_gradient(router_probs), 2), num_experts)
-    weight = _probs_of(router_probs, chosen)
-    total = jnp.sum(weight, axis=-1, keepdims=True)
-    weight = weight / jnp.where(total > 0, total, 1)
+    weight = _renormalized(_probs_of(router_probs, chosen))
     asks = jnp.stack([mask, mask & (2 * weight[..., 1] > uniform)], axis=-1)
     expert = jnp.where(asks, chosen, num_experts)
     return assign_slots(expert, jnp.where(asks, weight, 0), num_experts, capacity)
@@ -118,7 +115,7 @@ def no_token_left_behind(router_probs: Array, capacity: int, mask: Array, *, rou
         gets = (asks < num_experts) & (position < capacity)
         slot = jnp.where(gets, asks * capacity + position, slot)
         expert = jnp.where(gets, asks, expert)
-        used = used + jnp.sum((asks[..., None] == jnp.arange(num_experts)) & gets[..., None], axis=1, dtype=jnp.int32)
+        used = used + load_of(jnp.where(gets, asks, num_experts)[..., None], num_experts)
     expert = expert[..., None]
     return assignment_of_slots(expert, slot[..., None], _probs_of(router_probs, expert), num_experts, capacity)
 
@@ -223,13 +220,6 @@ def hashed(tokens: Array, num_experts: int) -> Array:
     return ((mixed ^ (mixed >> 13)) % jnp.uint32(num_experts)).astype(jnp.int32)
 
 
-def load_of(expert: Array, num_experts: int) -> Array:
-    """``[G, E]`` int32: the choices ``[G, S, K]`` that fell on each expert (an index of ``num_experts`` is none)."""
-    index = jnp.arange(num_experts)
-    choices = [jnp.sum(expert[..., k, None] == index, axis=1, dtype=jnp.int32) for k in range(expert.shape[-1])]
-    return sum(choices[1:], start=choices[0])
-
-
 def _best(scores: Array, k: int) -> Array:
     """``[..., k]`` int32: the k best in descending order; the lower index first among equals."""
     if k == 1:  # Much the faster on CPU.
@@ -248,6 +238,12 @@ def _probs_of(router_probs: Array, expert: Array) -> Array:
         for choice in range(expert.shape[-1])
     ]
     return jnp.stack(weights, axis=-1)
+
+
+def _renormalized(weight: Array) -> Array:
+    """``[..., K]`` divided by its sum; zeros, of padding, stay."""
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    return weight / jnp.where(total > 0, total, 1)
 
 
 def _look_up(table: Array, expert: Array) -> Array:

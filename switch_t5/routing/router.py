@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from switch_t5.errors import ConfigError, check_types
 from switch_t5.routing import choice
-from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.assignment import Assignment, load_of
 from switch_t5.types import Array
 
 RouterName = Literal[
@@ -195,11 +195,11 @@ def route(
         case "gshard_top_2":
             uniform = jnp.zeros(mask.shape) if rng is None else jax.random.uniform(rng, mask.shape)
             assignment = choice.gshard_top_2(probs, capacity, mask, uniform=uniform)
-            return Routing(assignment, probs, choice.load_of(assignment.expert[..., :1], probs.shape[-1]))
+            return Routing(assignment, probs, load_of(assignment.expert[..., :1], probs.shape[-1]))
         case "no_token_left_behind":
             assignment = choice.no_token_left_behind(probs, capacity, mask, rounds=config.num_rounds)
             first = jnp.where(mask, jnp.argmax(probs, axis=-1), probs.shape[-1])
-            return Routing(assignment, probs, choice.load_of(first[..., None], probs.shape[-1]))
+            return Routing(assignment, probs, load_of(first[..., None], probs.shape[-1]))
         case "expert_choice":
             assignment = choice.expert_choice(probs, capacity, mask)
             return Routing(assignment, probs, jnp.sum(assignment.expert < probs.shape[-1], axis=1, dtype=jnp.int32))
@@ -222,7 +222,7 @@ def route(
             )
         case _:
             return _explored_top_k(config, router_logits, probs, capacity, mask, rng)
-    return Routing(assignment, probs, choice.load_of(assignment.expert, probs.shape[-1]))
+    return Routing(assignment, probs, load_of(assignment.expert, probs.shape[-1]))
 
 
 def route_without_logits(
@@ -243,7 +243,7 @@ def route_without_logits(
     else:
         expert = jax.random.randint(jax.random.key(0) if rng is None else rng, mask.shape, 0, num_experts)
     assignment = choice.given(expert, capacity, mask, num_experts, jnp.dtype(jnp.float32))
-    return Routing(assignment, jax.nn.one_hot(expert, num_experts), choice.load_of(assignment.expert, num_experts))
+    return Routing(assignment, jax.nn.one_hot(expert, num_experts), load_of(assignment.expert, num_experts))
 
 
 def _top_k(config: RouterConfig, probs: Array, capacity: int, mask: Array, scores: Array | None = None) -> Assignment:
@@ -271,4 +271,4 @@ def _explored_top_k(
         scores = router_logits + std * jax.random.normal(rng, router_logits.shape, router_logits.dtype)
         load_probs = choice.load_probabilities(router_logits, scores, config.num_selected_experts, std)
     assignment = _top_k(config, probs, capacity, mask, scores)
-    return Routing(assignment, probs, choice.load_of(assignment.expert, probs.shape[-1]), load_probs)
+    return Routing(assignment, probs, load_of(assignment.expert, probs.shape[-1]), load_probs)

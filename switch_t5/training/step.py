@@ -45,7 +45,7 @@ def train_step(
     if microbatches == 1:
         grads, metrics = gradient(state.params, batch, rng)
     else:
-        sequences = model.sequences_per_group(batch["encoder_input_tokens"].shape[1])
+        sequences = model.config.sequences_per_group(batch["encoder_input_tokens"].shape[1])
         grads, metrics = accumulate(gradient, state.params, batch, rng, microbatches, sequences)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

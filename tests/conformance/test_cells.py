@@ -62,7 +62,7 @@ def one_more_slot(*args: Any, **kwargs: Any) -> int:
 
 
 expert_capacity, counts, sum_by_token = moe.expert_capacity, assignment._counts, dispatch._sum_by_token
-router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, choice.load_of, balance._importance
+router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, assignment.load_of, balance._importance
 top_k = choice.top_k
 
 
@@ -99,7 +99,7 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
         (Cell("switch"), assignment, "_counts", inclusive_counts),
         (Cell("switch"), moe.SwitchFeedForward, "_router_logits", padding_routed),
         (Cell("switch"), balance, "_importance", mean_for_sum),
-        (Cell("top_2"), choice, "load_of", load_after_capacity),
+        (Cell("top_2"), router, "load_of", load_after_capacity),
         (Cell("top_2"), dispatch, "_sum_by_token", unscaled),
         (Cell("sigmoid_top_k"), choice, "top_k", no_bias),
         (Cell("sinkhorn"), choice, "top_k", no_bias),

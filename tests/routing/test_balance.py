@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from switch_t5.routing import balance, choice
+from switch_t5.routing.assignment import load_of
 from switch_t5.routing.balance import RouterStats, router_z_loss
-from switch_t5.routing.choice import load_of
 from switch_t5.routing.router import Routing
 
 top_1 = jax.jit(choice.top_k, static_argnums=1)

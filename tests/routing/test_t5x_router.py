@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.assignment import Assignment, load_of
 from switch_t5.routing.balance import load_balance_loss, router_stats
-from switch_t5.routing.choice import expert_choice, load_of, top_k
+from switch_t5.routing.choice import expert_choice, top_k
 from switch_t5.routing.dispatch import DISPATCHERS
 from switch_t5.routing.router import Routing
 from switch_t5.types import Array
