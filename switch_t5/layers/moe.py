@@ -21,7 +21,7 @@ from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.parameter import parameter
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import BalanceScope, RouterStats, router_stats
-from switch_t5.routing.capacity import Rounding, expert_capacity, group_shape
+from switch_t5.routing.capacity import GroupSize, Rounding, expert_capacity, group_shape
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import RouterConfig, Routing, route, route_without_logits
 from switch_t5.types import Array
@@ -30,6 +30,8 @@ TOKEN_AXES = ("batch", None, "embed")
 DISPATCHED_AXES = ("batch", None, None, "embed")
 EXPERT_AXES = ("expert", "expert_batch", None, "embed")
 
+Padding = Literal["ignored", "counted", "zeroed", "routed"]
+
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
@@ -37,12 +39,18 @@ class MoEConfig:
 
     Attributes:
       num_experts: experts in each sparse layer.
-      group_size: encoder tokens routed together, see :func:`switch_t5.routing.capacity.group_shape`. A
-        group's tokens compete for an expert's slots, so this is part of the model and never of the mesh.
+      group_size: encoder tokens routed together, or ``sequence`` for each sequence on its own, see
+        :func:`switch_t5.routing.capacity.group_shape`. A group's tokens compete for an expert's slots, so this
+        is part of the model and never of the mesh.
       train_capacity_factor: slots per token in training.
       eval_capacity_factor: slots per token in evaluation.
       min_expert_capacity: the least slots of an expert for a group.
       capacity_rounding: ``floor`` (Mesh TensorFlow), ``round`` (T5X) or ``ceil``.
+      expert_capacity: slots of an expert for a group, in training and evaluation, in place of factors, rounding
+        and least (Hugging Face); None computes them.
+      padding: ``ignored`` takes no slot and counts nowhere; ``counted`` takes no slot, but is among the tokens
+        of the load-balance loss (Mesh TensorFlow); ``routed`` is a token as any other (Hugging Face);
+        ``zeroed`` too, but its input is zero, so that it chooses the first expert (T5X).
       router: which router, and its own numbers.
       jitter_noise: the router's input is multiplied by U(1 - jitter, 1 + jitter) in training.
       router_input_dropout_rate: dropout of the router's input, another exploration of the paper's appendix C.
@@ -54,11 +62,13 @@ class MoEConfig:
     """
 
     num_experts: int
-    group_size: int = 4096
+    group_size: GroupSize = 4096
     train_capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     min_expert_capacity: int = 4
     capacity_rounding: Rounding = "floor"
+    expert_capacity: int | None = None
+    padding: Padding = "ignored"
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     jitter_noise: float = 1e-2
     router_input_dropout_rate: float = 0.0
@@ -70,9 +80,10 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in ("num_experts", "group_size", "min_expert_capacity"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"MoEConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
+        for field in ("num_experts", "group_size", "min_expert_capacity", "expert_capacity"):
+            value = getattr(self, field)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"MoEConfig.{field}", f"must be at least 1, got {value}.")
         for field in ("train_capacity_factor", "eval_capacity_factor"):
             if getattr(self, field) <= 0:
                 raise ConfigError(f"MoEConfig.{field}", f"must be above 0, got {getattr(self, field)}.")
@@ -81,7 +92,25 @@ class MoEConfig:
                 raise ConfigError(f"MoEConfig.{field}", f"must be in [0, 1), got {getattr(self, field)}.")
         if self.num_shared_experts < 0:
             raise ConfigError("MoEConfig.num_shared_experts", f"must not be negative, got {self.num_shared_experts}.")
+        if self.padding == "counted" and self.router.router in ("expert_choice", "sinkhorn"):
+            raise ConfigError(
+                "MoEConfig.padding",
+                f"'counted' has no meaning for the router {self.router.router!r}, whose choices depend on all tokens "
+                "that are routed; give 'ignored' or 'routed'.",
+            )
         self.router.check_experts(self.num_experts)
+
+    def capacity(self, tokens: int, train: bool) -> int:
+        """Slots of an expert for a group of so many tokens."""
+        if self.expert_capacity is not None:
+            return min(self.expert_capacity, tokens)
+        return expert_capacity(
+            tokens,
+            self.num_experts,
+            self.train_capacity_factor if train else self.eval_capacity_factor,
+            min_expert_capacity=self.min_expert_capacity,
+            rounding=self.capacity_rounding,
+        )
 
 
 class SwitchFeedForward(nnx.Module):
@@ -116,11 +145,11 @@ class SwitchFeedForward(nnx.Module):
         """Routes, dispatches, applies the experts and combines.
 
         A token with a logit that is infinite or not a number takes no slot and counts nowhere but in the
-        statistics' ``nonfinite``, so that it cannot reach another token's output.
+        statistics' ``nonfinite``, so that it cannot reach another token's output, whatever padding does.
 
         Args:
           x: ``[batch, length, embed]``.
-          mask: ``[batch, length]`` bool; False for padding, which takes no slot and counts nowhere.
+          mask: ``[batch, length]`` bool; False for padding, see :class:`MoEConfig`.
           tokens: ``[batch, length]`` int32, entries of the vocabulary, for hash routing.
           sequences: sequences in a routing group.
           train: chooses the capacity factor, and noise and dropout where there is an ``rng``.
@@ -130,15 +159,24 @@ class SwitchFeedForward(nnx.Module):
           ``[batch, length, embed]`` (zero for a token without a slot, but for shared experts) and the layer's
           statistics.
         """
+        padding = self.config.padding
         batch, length, emb_dim = x.shape
         groups, size = group_shape(batch, length, self.config.group_size, sequences)
         input_rng, choice_rng, dropout_rng, shared_rng = self._rngs(rng)
         x = constrain(x.reshape(groups, size, emb_dim), TOKEN_AXES)
-        real = mask.reshape(groups, size)
+        real, tokens = mask.reshape(groups, size), tokens.reshape(groups, size)
+        if padding == "zeroed":
+            x = jnp.where(real[..., None], x, 0)
+        everyone = jnp.ones_like(real)
+        asking = everyone if padding in ("zeroed", "routed") else real
 
-        router_logits, mask = self._router_logits(x, real, input_rng)
-        routing = self._route(router_logits, mask, tokens.reshape(groups, size), train, choice_rng)
-        stats = router_stats(routing, router_logits, mask, real, scope=self.config.balance_scope)
+        router_logits, counted = self._router_logits(x, everyone if padding == "counted" else asking, input_rng)
+        mask = counted & real if padding == "counted" else counted
+        routing = self._route(router_logits, mask, tokens, train, choice_rng)
+        if padding == "counted":
+            load = self._route(router_logits, counted, tokens, train, choice_rng).load
+            routing = dataclasses.replace(routing, load=load)
+        stats = router_stats(routing, router_logits, mask, asking, counted=counted, scope=self.config.balance_scope)
 
         dispatcher = DISPATCHERS[self.config.dispatch]
         outputs = self._apply_experts(dispatcher.dispatch(x, routing.assignment), dropout_rng)
@@ -165,14 +203,7 @@ class SwitchFeedForward(nnx.Module):
 
     def capacity(self, tokens: int, train: bool) -> int:
         """Slots of an expert for a group of so many tokens."""
-        config = self.config
-        return expert_capacity(
-            tokens,
-            config.num_experts,
-            config.train_capacity_factor if train else config.eval_capacity_factor,
-            min_expert_capacity=config.min_expert_capacity,
-            rounding=config.capacity_rounding,
-        )
+        return self.config.capacity(tokens, train)
 
     def _router_logits(self, x: Array, mask: Array, rng: Array | None) -> tuple[Array | None, Array]:
         """``[G, S, E]`` in the router's dtype, and the mask without the tokens whose logits are not finite."""

@@ -9,7 +9,7 @@ import jax
 
 from switch_t5.layers.moe import MoEConfig
 from switch_t5.model.config import TransformerConfig
-from switch_t5.routing.capacity import expert_capacity, group_shape, sequences_per_group
+from switch_t5.routing.capacity import group_shape, sequences_per_group
 
 
 def parameter_count(abstract_params: Any) -> int:
@@ -72,11 +72,4 @@ def forward_flops(
 
 def _slots(moe: MoEConfig, batch: int, length: int, sequences: int, train: bool) -> int:
     groups, tokens = group_shape(batch, length, moe.group_size, sequences)
-    capacity = expert_capacity(
-        tokens,
-        moe.num_experts,
-        moe.train_capacity_factor if train else moe.eval_capacity_factor,
-        min_expert_capacity=moe.min_expert_capacity,
-        rounding=moe.capacity_rounding,
-    )
-    return groups * capacity * moe.num_experts
+    return groups * moe.capacity(tokens, train) * moe.num_experts

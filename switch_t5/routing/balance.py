@@ -1,7 +1,8 @@
 """Losses that keep the experts evenly loaded, and statistics of what the router did.
 
 Everything is a **sum** over tokens (or over groups, weighted by their tokens), so that values add over
-groups, microbatches and devices; :meth:`RouterStats.means` divides once, at the end. A padding token counts nowhere.
+groups, microbatches and devices; :meth:`RouterStats.means` divides once, at the end. A token
+outside the mask counts nowhere.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def router_z_loss(router_logits: Array, mask: Array) -> Array:
     jax.tree_util.register_dataclass,
     data_fields=[
         "tokens",
+        "counted",
         "load_balance_loss",
         "router_z_loss",
         "importance_loss",
@@ -115,13 +117,15 @@ def router_z_loss(router_logits: Array, mask: Array) -> Array:
 )
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """What one layer's router did, as sums over real tokens.
+    """What one layer's router did, as sums over the tokens that it routed.
 
-    Layers stack along leading axes. All float32.
+    Those are the real ones, and padding where the layer routes it. Layers stack along leading axes. All float32.
 
     Attributes:
-      tokens: real tokens.
-      load_balance_loss: the groups' losses, each times the group's real tokens.
+      tokens: routed tokens.
+      counted: tokens that the load-balance loss and ``expert_load`` count: the routed ones, and padding where the
+        layer counts what it does not route.
+      load_balance_loss: the groups' losses, each times the group's routed tokens.
       router_z_loss: the tokens' losses.
       importance_loss: as ``load_balance_loss``.
       load_loss: as ``load_balance_loss``; 0 without gaussian noise.
@@ -133,6 +137,7 @@ class RouterStats:
     """
 
     tokens: Array
+    counted: Array
     load_balance_loss: Array
     router_z_loss: Array
     importance_loss: Array
@@ -145,13 +150,14 @@ class RouterStats:
 
     def means(self) -> dict[str, Array]:
         """Means over tokens: ``fraction_dropped``, ``expert_load`` (as fractions) and the others by name."""
-        tokens = self.tokens + (self.tokens == 0)  # Of host arrays too, without a trip to a device.
+        # Of host arrays too, without a trip to a device.
+        tokens, counted = (count + (count == 0) for count in (self.tokens, self.counted))
         return {
-            "load_balance_loss": self.load_balance_loss / tokens,
+            "load_balance_loss": self.load_balance_loss / counted,
             "router_z_loss": self.router_z_loss / tokens,
             "importance_loss": self.importance_loss / tokens,
             "load_loss": self.load_loss / tokens,
-            "expert_load": self.expert_load / tokens[..., None],
+            "expert_load": self.expert_load / counted[..., None],
             "fraction_dropped": self.dropped / tokens,
             "router_entropy": self.router_entropy / tokens,
             "router_confidence": self.router_confidence / tokens,
@@ -159,17 +165,27 @@ class RouterStats:
 
 
 def router_stats(
-    routing: Routing, router_logits: Array | None, mask: Array, real: Array, *, scope: BalanceScope = "group"
+    routing: Routing,
+    router_logits: Array | None,
+    mask: Array,
+    asking: Array,
+    *,
+    counted: Array | None = None,
+    scope: BalanceScope = "group",
 ) -> RouterStats:
     """Sums up one layer.
 
     Args:
-      routing: what the router decided.
+      routing: what the router decided; its ``load`` is of the tokens ``counted``.
       router_logits: ``[G, S, E]``, finite; None where the router has none.
       mask: ``[G, S]`` bool, the tokens that were routed.
-      real: ``[G, S]`` bool, False for padding; ``mask`` but for tokens without finite logits.
+      asking: ``[G, S]`` bool, ``mask`` and the tokens that are not in it for want of finite logits.
+      counted: ``[G, S]`` bool, the tokens of which the load-balance loss takes f and P; None for ``mask``. Where
+        there are more, a group's loss still weighs as its routed tokens, and its mean is over all that are
+        counted: so Mesh TensorFlow, where the mask multiplies P after f and P were averaged over the group.
       scope: of the load-balance loss.
     """
+    counted = mask if counted is None else counted
     probs = routing.probs.astype(jnp.float32)
     tokens = jnp.sum(mask, axis=-1).astype(jnp.float32)
     frozen = jax.lax.stop_gradient(probs)
@@ -180,7 +196,8 @@ def router_stats(
 
     return RouterStats(
         tokens=jnp.sum(tokens),
-        load_balance_loss=summed(load_balance_loss(probs, routing.load, mask, scope=scope)),
+        counted=jnp.sum(counted).astype(jnp.float32),
+        load_balance_loss=summed(load_balance_loss(probs, routing.load, counted, scope=scope)),
         router_z_loss=(
             zero if router_logits is None else jnp.sum(router_z_loss(router_logits.astype(jnp.float32), mask))
         ),
@@ -190,5 +207,5 @@ def router_stats(
         dropped=jnp.sum(mask & ~routing.assignment.kept).astype(jnp.float32),
         router_entropy=-jnp.sum(jax.scipy.special.xlogy(frozen, frozen) * mask[..., None]),
         router_confidence=jnp.sum(jnp.max(frozen, axis=-1) * mask),
-        nonfinite=jnp.sum(real & ~mask).astype(jnp.float32),
+        nonfinite=jnp.sum(asking & ~mask).astype(jnp.float32),
     )

@@ -9,29 +9,32 @@ import math
 from typing import Literal
 
 Rounding = Literal["floor", "round", "ceil"]
+GroupSize = int | Literal["sequence"]
 
 
-def sequences_per_group(group_size: int, encoder_length: int) -> int:
+def sequences_per_group(group_size: GroupSize, encoder_length: int) -> int:
     """Whole sequences in a routing group: as many encoder inputs as ``group_size`` tokens hold, at least one.
+
+    ``sequence`` is one, whatever its length.
 
     The decoder groups the same sequences, whose targets are shorter: one number then says how a batch may be
     split over devices and microbatches.
     """
-    return max(1, group_size // encoder_length)
+    return 1 if group_size == "sequence" else max(1, group_size // encoder_length)
 
 
-def group_shape(batch: int, length: int, group_size: int, sequences: int) -> tuple[int, int]:
+def group_shape(batch: int, length: int, group_size: GroupSize, sequences: int) -> tuple[int, int]:
     """Divides ``[batch, length]`` tokens into routing groups.
 
     A group is a number of whole sequences, or, where one alone exceeds ``group_size``, an equal part of a
-    sequence: the largest divisor of ``length`` that does not. So it depends on lengths and configuration,
-    never on the mesh or on how a batch is split into microbatches. Only a batch that is smaller than a
+    sequence: the largest divisor of ``length`` that does not. ``sequence`` makes a group of each. So it depends
+    on lengths and configuration, never on the mesh or on how a batch is split into microbatches. Only a batch that is smaller than a
     group, as in inference, is one group whatever its size.
 
     Args:
       batch: sequences.
       length: tokens in each.
-      group_size: tokens in a group at the most.
+      group_size: tokens in a group at the most, or ``sequence``.
       sequences: of :func:`sequences_per_group`.
 
     Returns:
@@ -40,6 +43,8 @@ def group_shape(batch: int, length: int, group_size: int, sequences: int) -> tup
     Raises:
       ValueError: the batch is not a whole number of groups.
     """
+    if group_size == "sequence":
+        return batch, length
     if length > group_size:
         tokens = max(divisor for divisor in range(1, group_size + 1) if length % divisor == 0)
         return batch * (length // tokens), tokens

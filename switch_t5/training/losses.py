@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.errors import ConfigError, check_types
+from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import ModelStats, logits
 from switch_t5.types import Array, Batch
 
@@ -29,8 +30,9 @@ class LossConfig:
       router_z_loss_weight: weight of the router z-loss.
       importance_loss_weight: weight of the importance loss (Shazeer et al. 2017).
       load_loss_weight: weight of the load loss (Shazeer et al. 2017); its router needs gaussian exploration.
-      sparse_layer_reduction: the router's losses are averaged over sparse layers (T5X) or summed (Mesh
-        TensorFlow).
+      sparse_layer_reduction: the router's losses are averaged over sparse layers (``mean``, T5X), summed
+        (``sum``, Mesh TensorFlow), or averaged over those of each stack and then added (``stack_mean``, Hugging
+        Face).
       loss_normalizing_factor: what the summed cross-entropy is divided by: ``num_real_target_tokens``,
         ``num_total_target_tokens`` (padding counted) or a number.
     """
@@ -41,7 +43,7 @@ class LossConfig:
     router_z_loss_weight: float = 0.0
     importance_loss_weight: float = 0.0
     load_loss_weight: float = 0.0
-    sparse_layer_reduction: Literal["mean", "sum"] = "mean"
+    sparse_layer_reduction: Literal["mean", "sum", "stack_mean"] = "mean"
     loss_normalizing_factor: float | Literal["num_real_target_tokens", "num_total_target_tokens"] = (
         "num_real_target_tokens"
     )
@@ -58,24 +60,32 @@ class LossConfig:
             raise ConfigError("LossConfig.loss_normalizing_factor", f"must be above 0, got {factor}.")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["normalizer", "encoder", "decoder"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["normalizer", "encoder", "decoder", "encoder_counted", "decoder_counted"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Totals:
     """Denominators of a whole batch, which no parameter changes.
 
     Attributes:
       normalizer: of the cross-entropy.
-      encoder: real tokens the encoder's routers see.
+      encoder: tokens that the encoder's routers route, see :class:`switch_t5.layers.moe.MoEConfig` for padding.
       decoder: the same of the decoder.
+      encoder_counted: tokens that the load-balance loss of the encoder counts.
+      decoder_counted: the same of the decoder.
     """
 
     normalizer: Array
     encoder: Array
     decoder: Array
+    encoder_counted: Array
+    decoder_counted: Array
 
 
-def batch_totals(batch: Batch, config: LossConfig) -> Totals:
-    """Counts a batch's tokens."""
+def batch_totals(batch: Batch, config: LossConfig, model: TransformerConfig) -> Totals:
+    """Counts a batch's tokens, for a model that routes padding or does not."""
     weights = batch["decoder_loss_weights"]
     match config.loss_normalizing_factor:
         case "num_real_target_tokens":
@@ -84,11 +94,18 @@ def batch_totals(batch: Batch, config: LossConfig) -> Totals:
             normalizer = jnp.asarray(weights.size, jnp.float32)
         case number:
             normalizer = jnp.asarray(number, jnp.float32)
-    return Totals(
-        normalizer=normalizer.astype(jnp.float32),
-        encoder=jnp.maximum(jnp.sum(batch["encoder_input_tokens"] > 0), 1).astype(jnp.float32),
-        decoder=jnp.maximum(jnp.sum(batch["decoder_target_tokens"] > 0), 1).astype(jnp.float32),
-    )
+
+    def tokens(name: str, *, padding: bool) -> Array:
+        is_counted = jnp.logical_or(batch[name] > 0, padding)
+        return jnp.maximum(jnp.sum(is_counted), 1).astype(jnp.float32)
+
+    totals = {}
+    for which, name in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
+        moe = model.moe_of(decoder=which == "decoder")
+        padding = "ignored" if moe is None else moe.padding
+        totals[which] = tokens(name, padding=padding in ("zeroed", "routed"))
+        totals[f"{which}_counted"] = tokens(name, padding=padding != "ignored")
+    return Totals(normalizer=normalizer.astype(jnp.float32), **totals)
 
 
 def router_loss(stats: ModelStats, totals: Totals, config: LossConfig) -> dict[str, Array]:
@@ -101,14 +118,17 @@ def router_loss(stats: ModelStats, totals: Totals, config: LossConfig) -> dict[s
     stacks = stats.stacks()
     if not stacks:
         return {}
-    num_layers = sum(stack.tokens.shape[0] for stack in stacks.values())
-    scale = 1 / num_layers if config.sparse_layer_reduction == "mean" else 1.0
+    reduction = config.sparse_layer_reduction
+    num_layers = {which: stack.tokens.shape[0] for which, stack in stacks.items()}
+    scale = 1 / sum(num_layers.values()) if reduction == "mean" else 1.0
 
     def reduce(name: str) -> Array:
-        return scale * sum(
-            (jnp.sum(getattr(stack, name)) / getattr(totals, which) for which, stack in stacks.items()),
-            start=jnp.zeros(()),
-        )
+        total = jnp.zeros(())
+        for which, stack in stacks.items():
+            tokens = getattr(totals, f"{which}_counted" if name == "load_balance_loss" else which)
+            of_stack = jnp.sum(getattr(stack, name)) / tokens
+            total += of_stack / num_layers[which] if reduction == "stack_mean" else of_stack
+        return scale * total
 
     always = ("load_balance_loss", "router_z_loss")
     return {name: reduce(name) for name in ROUTER_LOSSES if name in always or getattr(config, f"{name}_weight")}

@@ -35,7 +35,7 @@ def train_step(
       The next state, and the batch's metrics: ``loss`` and its parts, and ``router`` statistics by stack,
       with a leading axis over sparse layers.
     """
-    totals = batch_totals(batch, config)
+    totals = batch_totals(batch, config, model.config)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss(params: Params, batch: Batch, rng: Array) -> tuple[Array, Metrics]:

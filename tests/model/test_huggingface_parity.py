@@ -157,7 +157,8 @@ def loss_and_gradients(name: str) -> tuple[dict[str, Any], Params]:
     model, params, _, batch = case(name)
     config = LossConfig(z_loss=0.0, load_balance_loss_weight=0.0)
     loss = functools.partial(batch_loss, model=model, config=config)
-    gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params, batch, None, batch_totals(batch, config))
+    totals = batch_totals(batch, config, model.config)
+    gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params, batch, None, totals)
     return metrics, gradients
 
 

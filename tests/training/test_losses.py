@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from switch_t5.errors import ConfigError
+from switch_t5.layers.moe import MoEConfig
+from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import ModelStats
 from switch_t5.routing.balance import RouterStats
 from switch_t5.training.losses import LossConfig, batch_totals, cross_entropy, router_loss
@@ -112,6 +115,7 @@ def test_very_large_logits_do_not_overflow() -> None:
     np.testing.assert_allclose(nats, 2e4, rtol=1e-6)
 
 
+DENSE = TransformerConfig(8, 4, 1, 4, 4, 2, 2)
 BATCH_OF_COUNTS = {
     "encoder_input_tokens": jnp.asarray([[3, 4, 5, 0], [6, 0, 0, 0]]),
     "decoder_target_tokens": jnp.asarray([[3, 4, 0], [5, 6, 1]]),
@@ -124,16 +128,35 @@ BATCH_OF_COUNTS = {
     [("num_real_target_tokens", 3.5), ("num_total_target_tokens", 6.0), (233472.0, 233472.0), (2, 2.0)],
 )
 def test_the_normalizer_is_what_the_configuration_says(factor: Any, normalizer: float) -> None:
-    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(loss_normalizing_factor=factor))
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(loss_normalizing_factor=factor), DENSE)
     assert float(totals.normalizer) == normalizer
     assert totals.normalizer.dtype == jnp.float32
 
 
 def test_totals_count_what_the_routers_see_and_never_divide_by_zero() -> None:
-    totals = batch_totals(BATCH_OF_COUNTS, LossConfig())
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
     assert (float(totals.encoder), float(totals.decoder)) == (4, 5)
-    nothing = batch_totals({name: jnp.zeros_like(value) for name, value in BATCH_OF_COUNTS.items()}, LossConfig())
+    zeros = {name: jnp.zeros_like(value) for name, value in BATCH_OF_COUNTS.items()}
+    nothing = batch_totals(zeros, LossConfig(), DENSE)
     assert (float(nothing.normalizer), float(nothing.encoder), float(nothing.decoder)) == (1, 1, 1)
+
+
+# Of eight positions of the encoder four are real, of six of the decoder five.
+@pytest.mark.parametrize(
+    ("padding", "routed", "counted"),
+    [("ignored", (4, 5), (4, 5)), ("counted", (4, 5), (8, 6)), ("zeroed", (8, 6), (8, 6)), ("routed", (8, 6), (8, 6))],
+)
+def test_totals_count_padding_where_the_layers_do(padding: Any, routed: tuple[int, int], counted: tuple[int, int]):
+    model = dataclasses.replace(DENSE, moe=MoEConfig(2, padding=padding))
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), model)
+    assert (float(totals.encoder), float(totals.decoder)) == routed
+    assert (float(totals.encoder_counted), float(totals.decoder_counted)) == counted
+
+
+def test_each_stack_counts_padding_as_its_own_layers_do() -> None:
+    model = dataclasses.replace(DENSE, moe=MoEConfig(2, padding="routed"), decoder_moe=MoEConfig(2))
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), model)
+    assert (float(totals.encoder), float(totals.decoder)) == (8, 5)
 
 
 def stack_stats(balance: list[float], z_loss: list[float]) -> RouterStats:
@@ -141,6 +164,7 @@ def stack_stats(balance: list[float], z_loss: list[float]) -> RouterStats:
     zeros = jnp.zeros(layers)
     return RouterStats(
         tokens=zeros,
+        counted=zeros,
         load_balance_loss=jnp.asarray(balance),
         router_z_loss=jnp.asarray(z_loss),
         importance_loss=3 * jnp.asarray(balance),
@@ -153,12 +177,28 @@ def stack_stats(balance: list[float], z_loss: list[float]) -> RouterStats:
     )
 
 
+def test_the_load_balance_loss_is_over_the_tokens_it_counts() -> None:
+    stats = ModelStats(stack_stats([8.0], [2.0]), None)
+    model = dataclasses.replace(DENSE, moe=MoEConfig(2, padding="counted"))
+    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), model), LossConfig())
+    np.testing.assert_allclose(losses["load_balance_loss"], 8 / 8)
+    np.testing.assert_allclose(losses["router_z_loss"], 2 / 4)
+
+
+def test_stacks_may_be_averaged_each_and_added() -> None:
+    stats = ModelStats(stack_stats([8.0, 4.0], [2.0, 6.0]), stack_stats([10.0], [5.0]))
+    config = LossConfig(sparse_layer_reduction="stack_mean")
+    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE), config)
+    np.testing.assert_allclose(losses["load_balance_loss"], 12 / 4 / 2 + 10 / 5, rtol=1e-6)
+    np.testing.assert_allclose(losses["router_z_loss"], 8 / 4 / 2 + 5 / 5, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("reduction", "scale"), [("mean", 1 / 3), ("sum", 1.0)])
 def test_router_losses_are_over_their_stacks_tokens_and_reduced_over_sparse_layers(
     reduction: Any, scale: float
 ) -> None:
     stats = ModelStats(stack_stats([8.0, 4.0], [2.0, 6.0]), stack_stats([10.0], [5.0]))
-    totals = batch_totals(BATCH_OF_COUNTS, LossConfig())
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
     weights = {"importance_loss_weight": 0.1, "load_loss_weight": 0.1}
     losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction=reduction, **weights))
     np.testing.assert_allclose(losses["load_balance_loss"], scale * (12 / 4 + 10 / 5), rtol=1e-6)
@@ -169,12 +209,13 @@ def test_router_losses_are_over_their_stacks_tokens_and_reduced_over_sparse_laye
 
 def test_a_model_sparse_in_one_stack_alone_averages_over_that_stack() -> None:
     stats = ModelStats(None, stack_stats([10.0, 20.0], [5.0, 5.0]))
-    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig()), LossConfig())
+    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE), LossConfig())
     np.testing.assert_allclose(losses["load_balance_loss"], 30 / 5 / 2, rtol=1e-6)
 
 
 def test_a_dense_model_has_no_router_losses() -> None:
-    assert router_loss(ModelStats(None, None), batch_totals(BATCH_OF_COUNTS, LossConfig()), LossConfig()) == {}
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
+    assert router_loss(ModelStats(None, None), totals, LossConfig()) == {}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +227,7 @@ def test_a_dense_model_has_no_router_losses() -> None:
         ("load_balance_loss_weight", -1.0, "must not be negative, got -1.0."),
         ("router_z_loss_weight", -1.0, "must not be negative, got -1.0."),
         ("loss_normalizing_factor", 0.0, "must be above 0, got 0.0."),
-        ("sparse_layer_reduction", "max", "must be one of 'mean', 'sum', got 'max'."),
+        ("sparse_layer_reduction", "max", "must be one of 'mean', 'sum', 'stack_mean', got 'max'."),
         ("z_loss", "1e-4", "must be a number, got '1e-4'."),
         (
             "loss_normalizing_factor",
