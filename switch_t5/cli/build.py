@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -194,7 +195,7 @@ def batch_shapes(data: DataConfig) -> dict[str, tuple[tuple[int, int], str]]:
 
 
 def check_batch(spec: RunSpec, mesh: Mesh) -> None:
-    """Checks that the batch divides over microbatches, devices and routing groups.
+    """Checks that the batch divides over microbatches, devices and routing groups, and experts over devices.
 
     Raises:
       ConfigError: it does not.
@@ -210,12 +211,7 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
     moe = spec.transformer.moe
     if moe is None:
         return
-    if moe.num_experts % spec.mesh.num_expert_partitions:
-        raise ConfigError(
-            "MeshConfig.num_expert_partitions",
-            f"is {spec.mesh.num_expert_partitions}, which does not divide the {moe.num_experts} experts; "
-            f"{_nearest_divisor(moe.num_experts, spec.mesh.num_expert_partitions)} does.",
-        )
+    _check_expert_partitions(spec)
     length = spec.data.task_feature_lengths["inputs"]
     sequences, share = sequences_per_group(moe.group_size, length), batch // (microbatches * shards)
     for feature, tokens in spec.data.task_feature_lengths.items():
@@ -233,6 +229,25 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
             f"is {moe.group_size}, {sequences} sequences of {length} tokens, which do not divide a device's share of a "
             f"microbatch, {share} sequence(s); set it to {fitting * length}.",
         )
+
+
+def _check_expert_partitions(spec: RunSpec) -> None:
+    transformer, partitions = spec.transformer, spec.mesh.num_expert_partitions
+    experts = {
+        stack: moe.num_experts
+        for stack, moe, pattern in (
+            ("encoder", transformer.moe_of(decoder=False), transformer.encoder_pattern),
+            ("decoder", transformer.moe_of(decoder=True), transformer.decoder_pattern),
+        )
+        if moe is not None and any(pattern)
+    }
+    for stack, count in experts.items():
+        if count % partitions:
+            raise ConfigError(
+                "MeshConfig.num_expert_partitions",
+                f"is {partitions}, which does not divide the {count} experts of the {stack}; "
+                f"{_nearest_divisor(math.gcd(*experts.values()), partitions)} does.",
+            )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -76,12 +76,12 @@ class RouterConfig:
                 raise ConfigError(f"RouterConfig.{field}", f"must be above 0, got {getattr(self, field)}.")
         if self.bias_update_rate < 0:
             raise ConfigError("RouterConfig.bias_update_rate", f"must not be negative, got {self.bias_update_rate}.")
+        self._refuse_what_has_no_effect()
         if not 1 <= self.num_limited_groups <= self.num_expert_groups:
             raise ConfigError(
                 "RouterConfig.num_limited_groups",
                 f"must be from 1 to num_expert_groups, {self.num_expert_groups}, got {self.num_limited_groups}.",
             )
-        self._refuse_what_has_no_effect()
 
     def _refuse_what_has_no_effect(self) -> None:
         takers = {
@@ -90,7 +90,11 @@ class RouterConfig:
             "weight_scale": ("sigmoid_top_k",),
             "batch_prioritized": ("top_k",),
             "exploration": ("top_k",),
+            "num_rounds": ("no_token_left_behind",),
+            "sinkhorn_iterations": ("sinkhorn",),
             "num_expert_groups": ("sigmoid_top_k",),
+            "num_limited_groups": ("sigmoid_top_k",),
+            "bias_update_rate": ("sigmoid_top_k",),
         }
         for field in dataclasses.fields(self):
             routers = takers.get(field.name, (self.router,))
@@ -99,6 +103,11 @@ class RouterConfig:
                     f"RouterConfig.{field.name}",
                     f"has no effect on the router {self.router!r}; it is for {' and '.join(routers)}.",
                 )
+        if self.exploration != "gaussian" and self.noise_std != type(self).noise_std:
+            raise ConfigError(
+                "RouterConfig.noise_std",
+                f"has no effect with exploration = {self.exploration!r}; it is for 'gaussian'.",
+            )
 
     def check_experts(self, num_experts: int) -> None:
         """Checks that the choices fit ``num_experts``.

@@ -108,11 +108,37 @@ def test_both_stacks_have_one_group_size() -> None:
             {"router": "hash", "exploration": "sample"},
             "exploration has no effect on the router 'hash'; it is for top_k",
         ),
+        ({"num_rounds": 3}, "num_rounds has no effect on the router 'top_k'; it is for no_token_left_behind"),
+        (
+            {"router": "gshard_top_2", "sinkhorn_iterations": 4},
+            "sinkhorn_iterations has no effect on the router 'gshard_top_2'; it is for sinkhorn",
+        ),
+        (
+            {"bias_update_rate": 0.0},
+            "bias_update_rate has no effect on the router 'top_k'; it is for sigmoid_top_k",
+        ),
+        (
+            {"router": "sinkhorn", "num_limited_groups": 2},
+            "num_limited_groups has no effect on the router 'sinkhorn'; it is for sigmoid_top_k",
+        ),
+        ({"noise_std": 0.5}, "noise_std has no effect with exploration = 'argmax'; it is for 'gaussian'"),
+        (
+            {"noise_std": 0.5, "exploration": "sample"},
+            "noise_std has no effect with exploration = 'sample'; it is for 'gaussian'",
+        ),
     ],
 )
 def test_a_wrong_router_is_refused_with_one_sentence(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RouterConfig(**settings)
+
+
+def test_what_has_an_effect_is_accepted_and_so_is_permission_that_is_not_needed() -> None:
+    RouterConfig(exploration="gaussian", noise_std=0.5)
+    RouterConfig(router="no_token_left_behind", num_rounds=3)
+    RouterConfig(router="sinkhorn", sinkhorn_iterations=4)
+    RouterConfig(router="sigmoid_top_k", num_expert_groups=4, num_limited_groups=2, bias_update_rate=0.0)
+    RouterConfig(allow_future_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""What a run asks of batch, groups, experts and mesh together, before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from switch_t5.cli.build import RunSpec, check_batch
+from switch_t5.cli.configuration import Configuration
+from switch_t5.errors import ConfigError
+from switch_t5.partitioning.mesh import MeshConfig, make_mesh
+from tests.integration.conftest import TINY
+
+MESH = MeshConfig(num_expert_partitions=4)
+DECODER = ("TransformerConfig.decoder_moe=@decoder/MoEConfig()", "decoder/MoEConfig.num_experts=6")
+
+
+def check(*settings: str, mesh: MeshConfig = MESH) -> None:
+    configuration = Configuration.load([str(TINY)], ("MODEL_DIR=unused", "TEXTS=unused", *settings))
+    check_batch(dataclasses.replace(RunSpec.read(configuration), mesh=mesh), make_mesh(mesh))
+
+
+def test_what_fits_is_accepted() -> None:
+    check()
+    check(*DECODER, mesh=MeshConfig(num_expert_partitions=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("MoEConfig.num_experts=6",), "the 6 experts of the encoder; 3 does."),
+        # Of what divides the decoder's six alone, 3 is as near; it would not divide the encoder's four.
+        (DECODER, "the 6 experts of the decoder; 2 does."),
+        ((*DECODER, "TransformerConfig.encoder_sparse_layers='none'"), "the 6 experts of the decoder; 3 does."),
+    ],
+)
+def test_expert_partitions_that_do_not_divide_the_experts_of_a_stack_are_refused(
+    settings: tuple[str, ...], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(*settings)
+    assert str(caught.value) == f"MeshConfig.num_expert_partitions is 4, which does not divide {sentence}"
+
+
+def test_experts_of_a_stack_without_sparse_layers_need_not_divide() -> None:
+    check(*DECODER, "TransformerConfig.decoder_sparse_layers='none'")
+
+
+def test_a_group_that_does_not_divide_a_devices_share_of_a_microbatch_is_refused_with_one_that_does() -> None:
+    # Of 24 sequences a device has three, and a group would be two; the length is 32.
+    with pytest.raises(ConfigError, match=r"group_size is 64, 2 sequences of 32 tokens, which .* set it to 32\."):
+        check("BATCH_SIZE=24", "MoEConfig.group_size=64")
+    check("BATCH_SIZE=16", "MoEConfig.group_size=64")
+
+
+def test_a_group_size_without_a_divisor_of_the_length_near_it_is_refused() -> None:
+    # The only divisor of 31 below 16 is 1.
+    lengths = "DataConfig.task_feature_lengths={'inputs': 31, 'targets': 16}"
+    with pytest.raises(ConfigError, match=r"group_size is 16, but 31 tokens of inputs have no divisor near it"):
+        check(lengths, "MoEConfig.group_size=16")
