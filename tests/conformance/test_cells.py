@@ -14,6 +14,7 @@ from switch_t5.conformance import cells
 from switch_t5.conformance.cells import ROUTERS, Cell, Result, check, expected_values
 from switch_t5.layers import moe
 from switch_t5.routing import assignment, balance, choice, dispatch, router
+from tests.routing.routers import expected_routes, found_routes
 
 DEFAULT = [
     *(Cell(name) for name in ROUTERS),
@@ -129,22 +130,6 @@ def logits_and_mask() -> tuple[np.ndarray, np.ndarray]:
     return inputs["x"] @ inputs["router"], inputs["mask"]
 
 
-def routes_of(found: assignment.Assignment) -> dict[tuple[int, int, int], tuple[int, int | None]]:
-    """(group, token, choice) to (expert, position)."""
-    expert, slot = np.asarray(found.expert), np.asarray(found.slot)
-    return {
-        (int(g), int(s), int(k)): (
-            int(expert[g, s, k]),
-            int(slot[g, s, k]) % found.capacity if slot[g, s, k] < found.num_experts * found.capacity else None,
-        )
-        for g, s, k in np.argwhere(expert < found.num_experts)
-    }
-
-
-def oracle_routes(routes: list[cells.oracle.Route]) -> dict[tuple[int, int, int], tuple[int, int | None]]:
-    return {(r.group, r.token, r.choice): (r.expert, r.position) for r in routes}
-
-
 def test_gshards_second_choice_is_asked_with_the_drawn_numbers() -> None:
     logits, mask = logits_and_mask()
     rng = jax.random.key(3)
@@ -152,8 +137,8 @@ def test_gshards_second_choice_is_asked_with_the_drawn_numbers() -> None:
     found = router.route(
         router.RouterConfig(router="gshard_top_2"), jnp.asarray(logits, jnp.float32), 2, jnp.asarray(mask), rng=rng
     )
-    expected = oracle_routes(cells.oracle.gshard_top_2(logits, mask, 2, uniform=uniform))
-    assert routes_of(found.assignment) == expected
+    expected = expected_routes(cells.oracle.gshard_top_2(logits, mask, 2, uniform=uniform))
+    assert found_routes(found.assignment) == expected
     # Some tokens asked for one expert only.
     assert mask.sum() < len(expected) < 2 * mask.sum()
 
@@ -166,7 +151,7 @@ def test_sampled_experts_are_those_of_gumbel_noise_and_weigh_their_own_probabili
     config = router.RouterConfig(num_selected_experts=k, exploration="sample")
     found = router.route(config, jnp.asarray(logits, jnp.float32), 2, jnp.asarray(mask), rng=rng).assignment
     routes = cells.oracle.top_k(logits, mask, 2, k=k, gumbel=gumbel)
-    assert routes_of(found) == oracle_routes(routes)
+    assert found_routes(found) == expected_routes(routes)
     for route in routes:
         weight = found.weight[route.group, route.token, route.choice]
         np.testing.assert_allclose(weight, route.weight, rtol=1e-5)
