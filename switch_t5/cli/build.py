@@ -212,6 +212,8 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
     if moe is None:
         return
     _check_expert_partitions(spec)
+    if moe.group_size == "sequence":
+        return
     length = spec.data.task_feature_lengths["inputs"]
     sequences, share = sequences_per_group(moe.group_size, length), batch // (microbatches * shards)
     for feature, tokens in spec.data.task_feature_lengths.items():

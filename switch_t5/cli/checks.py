@@ -195,3 +195,34 @@ def _near_unread(name: str, read: Collection[str], bindings: Bindings, catalogue
     if name in catalogue:
         return f" {name} is a configurable: give one of its parameters, as in {name}.PARAMETER."
     return suggestion(name, set(read) - {REQUIRED})
+
+
+def check_conventions(bindings: Bindings, packaged: str) -> None:
+    """Refuses two conventions at once, and a packaged file that takes back what a convention before it set.
+
+    The user's own files may do so, for they say what the user wants.
+
+    Args:
+      bindings: of all files.
+      packaged: the folder of the packaged gin files, as origins name it.
+
+    Raises:
+      UserError: says which file to leave out or to give last.
+    """
+    root = "" if packaged == "." else f"{packaged}/"
+    conventions: dict[str, Binding] = {}
+    chosen = ""
+    for binding in bindings.said:
+        file = binding.origin.place.rpartition(", line ")[0]
+        if file.startswith(f"{root}conventions/"):
+            if chosen not in ("", file):
+                raise UserError(f"{chosen} and {file} are two conventions: give one of them.")
+            chosen = file
+            conventions[binding.target] = binding
+        elif file.startswith(root) and binding.target in conventions:
+            before = conventions[binding.target]
+            if binding.value != before.value:
+                raise UserError(
+                    f"{binding.target} is {before.value!r} by {chosen} and would be set to {binding.value!r} in "
+                    f"{binding.origin.place}: give --gin_file={chosen.removeprefix(root)} after {file}."
+                )

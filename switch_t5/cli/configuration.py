@@ -30,7 +30,7 @@ from gin import config_parser
 
 from switch_t5.cli import config_files
 from switch_t5.cli.bindings import Binding, Bindings, Macro, Origin, Reference, literal, map_leaves, scoped
-from switch_t5.cli.checks import check, check_effect
+from switch_t5.cli.checks import check, check_conventions, check_effect
 from switch_t5.cli.configurables import MISSING, Catalogue
 from switch_t5.errors import ConfigError, UserError
 
@@ -105,6 +105,7 @@ class Configuration:
         reader = _Reader(search_paths, catalogue)
         for name in gin_files:
             reader.read_file(name, asked="--gin_file")
+        check_conventions(reader.bindings, config_files.shown(config_files.packaged_configs()))
         for binding in bindings:
             reader.read_flag(binding)
         check(reader.bindings, catalogue, scopes)

@@ -3,9 +3,10 @@
 It shares no code with the library, so that an error of one is not an error of both. Loops are plain and slow.
 
 G groups of S tokens, E experts, D features, F hidden features. ``logits`` and ``probs`` are [G, S, E]; ``mask`` is
-[G, S], False at padding, which takes no slot and counts nowhere. ``capacity`` is the number of slots that an expert
-has for one group, or None where it is never full. Routers return routes group by group, in the order in which slots
-are asked for. Ties between experts go to the lower index, ties between tokens to the earlier token.
+[G, S], False at padding, which takes no slot and counts nowhere; where padding is routed, it is all True. ``capacity``
+is the number of slots that an expert has for one group, or None where it is never full. Routers return routes group by
+group, in the order in which slots are asked for. Ties between experts go to the lower index, ties between tokens to
+the earlier token.
 
 Every continuous function also takes complex numbers, so that ``gradients`` can differentiate it by the complex
 step. Choices and comparisons then read real parts alone: a router that is called again with perturbed logits
@@ -313,6 +314,29 @@ def load_balance_loss(
         p = [_sum([token[expert] for token in tokens]) / max(len(tokens), 1) for expert in range(len(f))]
         losses.append(len(f) * _sum(f * np.array(p)))
     return losses[0] if scope == "batch" else np.array(losses)
+
+
+def padding_counted_load_balance_loss(
+    probs: Array, experts: Array, mask: Array, counted: Array, *, scope: str = "group"
+) -> Any:
+    """The mean loss over all groups where padding takes no slot but is counted, a scalar: Mesh TensorFlow's moe.py.
+
+    f and P are means over the tokens ``counted`` [G, S], padding among them, of their first choices ``experts``
+    [G, S] and of probs. P is then multiplied by each token's ``mask``, so that the mean over the tokens counted of
+    the batch weighs each group's loss by its real tokens.
+    """
+    probs = _numbers(probs)
+    total, everyone = [], _real_tokens(counted)
+    for group, token in everyone:
+        if not mask[group, token]:
+            continue
+        those = [index for index in everyone if scope == "batch" or index[0] == group]
+        loss = []
+        for expert in range(probs.shape[-1]):
+            f = sum(int(experts[index]) == expert for index in those) / len(those)
+            loss.append(f * _sum([probs[index][expert] for index in those]) / len(those))
+        total.append(probs.shape[-1] * _sum(loss))
+    return _sum(total) / max(len(everyone), 1)
 
 
 def router_z_loss(logits: Array, mask: Array) -> Array:

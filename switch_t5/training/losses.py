@@ -30,9 +30,9 @@ class LossConfig:
       router_z_loss_weight: weight of the router z-loss.
       importance_loss_weight: weight of the importance loss (Shazeer et al. 2017).
       load_loss_weight: weight of the load loss (Shazeer et al. 2017); its router needs gaussian exploration.
-      sparse_layer_reduction: the router's losses are averaged over sparse layers (``mean``, T5X), summed
-        (``sum``, Mesh TensorFlow), or averaged over those of each stack and then added (``stack_mean``, Hugging
-        Face).
+      sparse_layer_reduction: the router's losses are summed over sparse layers (``sum``, the paper and Mesh
+        TensorFlow), averaged (``mean``, T5X), or averaged over those of each stack and then added
+        (``stack_mean``, Hugging Face).
       loss_normalizing_factor: what the summed cross-entropy is divided by: ``num_real_target_tokens``,
         ``num_total_target_tokens`` (padding counted) or a number.
     """
@@ -43,7 +43,7 @@ class LossConfig:
     router_z_loss_weight: float = 0.0
     importance_loss_weight: float = 0.0
     load_loss_weight: float = 0.0
-    sparse_layer_reduction: Literal["mean", "sum", "stack_mean"] = "mean"
+    sparse_layer_reduction: Literal["mean", "sum", "stack_mean"] = "sum"
     loss_normalizing_factor: float | Literal["num_real_target_tokens", "num_total_target_tokens"] = (
         "num_real_target_tokens"
     )

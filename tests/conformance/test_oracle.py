@@ -251,6 +251,21 @@ def test_load_balance_counts_selections_first_choices_or_slots():
     assert oracle.load_balance_loss(TABLE, kept, MASK, slots=True) == pytest.approx([1.35])
 
 
+def test_counted_padding_is_in_f_and_p_and_in_the_mean():
+    probs = np.array([[[0.75, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.25]], [[0.25, 0.75]] * 4])
+    experts, everyone = probs.argmax(-1), np.ones((2, 4), bool)
+    mask = np.array([[True, True, True, False], [True, False, False, False]])
+    # First group: f 3/4, 1/4 and P 5/8, 3/8: 1.125, three times; second: f 0, 1 and P 1/4, 3/4: 1.5, once; of eight.
+    loss = oracle.padding_counted_load_balance_loss(probs, experts, mask, everyone)
+    assert loss == pytest.approx((3 * 1.125 + 1.5) / 8)
+    # Together: f 3/8, 5/8 and P 7/16, 9/16, four times.
+    loss = oracle.padding_counted_load_balance_loss(probs, experts, mask, everyone, scope="batch")
+    assert loss == pytest.approx(4 * 2 * (3 * 7 + 5 * 9) / 128 / 8)
+    # Where all are real it is the mean of the groups' losses.
+    loss = oracle.padding_counted_load_balance_loss(probs, experts, everyone, everyone)
+    assert loss == pytest.approx((1.125 + 1.5) / 2)
+
+
 def test_load_balance_over_the_batch_and_over_groups():
     second = np.full((6, 3), 1 / 3)
     second[0], second[5] = (0.1, 0.8, 0.1), (0.1, 0.1, 0.8)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from switch_t5.conformance import oracle
 from switch_t5.errors import ConfigError
 from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
 from switch_t5.routing.balance import RouterStats
+from switch_t5.routing.router import RouterConfig
 from switch_t5.types import Array
 
 BATCH, LENGTH, FEATURES, HIDDEN, EXPERTS = 4, 8, 6, 10, 4
@@ -226,9 +228,104 @@ def test_capacity_follows_the_configuration() -> None:
         ("router_dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'."),
         ("dispatch", "sort", "must be one of 'gather', 'einsum', got 'sort'."),
         ("num_experts", 2.5, "must be an integer, got 2.5."),
+        ("expert_capacity", 0, "must be at least 1, got 0."),
+        ("expert_capacity", 1.5, "must be an integer or None, got 1.5."),
+        ("group_size", "row", "must be an integer or one of 'sequence', got 'row'."),
+        ("padding", "counts", "must be one of 'ignored', 'counted', 'zeroed', 'routed', got 'counts'."),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(CONFIG, **{field: value})
     assert str(caught.value) == f"MoEConfig.{field} {message}"
+
+
+def paddings_layer(padding: Any, **fields: Any) -> SwitchFeedForward:
+    """Two experts, chosen by the sign of the first feature and weighed 3/4 for +-1; each returns its input."""
+    config = MoEConfig(2, group_size=8, expert_capacity=2, padding=padding, **fields)
+    layer = SwitchFeedForward(config, 2, 2, ("relu",), "t5x", rngs=nnx.Rngs(0))
+    layer.router[...] = jnp.asarray([[math.log(3) / 2, -math.log(3) / 2], [0.0, 0.0]])
+    layer.experts.wi[...] = jnp.broadcast_to(jnp.asarray([[0.0, 0.0], [0.0, 1.0]]), (2, 2, 2))
+    layer.experts.wo[...] = jnp.broadcast_to(jnp.eye(2), (2, 2, 2))
+    return layer
+
+
+# Experts 0 0 1 | pad 0 0 1 | real 0: P of a token that chooses 0 is (3/4, 1/4). Slots: two of each expert.
+PADDED = jnp.asarray([[[1.0, 1], [1, 1], [-1, 1], [1, 1], [1, 1], [-1, 1], [1, 1], [-1, 1]]])
+PADDED_MASK = jnp.asarray([[False, True, True, False, True, False, True, True]])
+
+
+# Real tokens: experts 0 1 0 0 1. All: 0 0 1 0 0 1 0 1. Where padding is zero: 0 0 1 0 0 0 0 1.
+@pytest.mark.parametrize(
+    ("padding", "kept", "load", "balance", "tokens_and_counted", "dropped"),
+    [
+        # f (3/5, 2/5), P (11/20, 9/20): 2 (33 + 18) / 100 = 1.02, for five tokens.
+        ("ignored", [1, 2, 4, 7], [3, 2], 5 * 1.02, (5, 5), 1),
+        # f (5/8, 3/8), P (9/16, 7/16): 2 (45 + 21) / 128 = 1.03125, weighed as the five real tokens.
+        ("counted", [1, 2, 4, 7], [5, 3], 5 * 1.03125, (5, 8), 1),
+        # Padding has probabilities (1/2, 1/2): f (6/8, 2/8), P ((11/4 + 3/2) / 8, (9/4 + 3/2) / 8).
+        ("zeroed", [1, 2, 7], [6, 2], 8 * 2 * (0.75 * 4.25 + 0.25 * 3.75) / 8, (8, 8), 4),
+        # The first two of each expert: 0 and 1, 2 and 5.
+        ("routed", [0, 1, 2, 5], [5, 3], 8 * 1.03125, (8, 8), 4),
+    ],
+)
+def test_what_padding_takes_and_where_it_counts(
+    padding: str, kept: list[int], load: list[int], balance: float, tokens_and_counted: tuple[int, int], dropped: int
+) -> None:
+    output, stats = apply(paddings_layer(padding), PADDED, PADDED_MASK)
+    expected = np.zeros(8)
+    expected[kept] = 0.75
+    np.testing.assert_allclose(output[0, :, 1], expected, rtol=1e-6)
+    np.testing.assert_array_equal(stats.expert_load, load)
+    np.testing.assert_allclose(stats.load_balance_loss, balance, rtol=1e-6)
+    assert (float(stats.tokens), float(stats.counted)) == tokens_and_counted
+    assert float(stats.dropped) == dropped
+    means = stats.means()
+    np.testing.assert_allclose(means["load_balance_loss"], balance / tokens_and_counted[1], rtol=1e-6)
+    np.testing.assert_allclose(means["fraction_dropped"], dropped / tokens_and_counted[0], rtol=1e-6)
+    np.testing.assert_allclose(np.sum(means["expert_load"]), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["group", "batch"])
+@pytest.mark.parametrize("router", ["top_k", "no_token_left_behind"])
+def test_counted_padding_is_what_the_oracle_says(scope: Any, router: Any) -> None:
+    config = dataclasses.replace(
+        CONFIG, padding="counted", balance_scope=scope, router=RouterConfig(router=router), group_size="sequence"
+    )
+    layer, (x, mask) = make_layer(config), tokens()
+    _, stats = apply(layer, x, mask, train=True)
+    probs = oracle.softmax(np.asarray(x, np.float64) @ np.asarray(layer.router[...], np.float64))
+    expected = oracle.padding_counted_load_balance_loss(
+        probs, probs.argmax(-1), np.asarray(mask), np.ones(mask.shape, bool), scope=scope
+    )
+    np.testing.assert_allclose(stats.means()["load_balance_loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["ignored", "counted", "zeroed", "routed"])
+def test_a_token_that_is_not_finite_never_takes_a_slot(padding: str) -> None:
+    x = PADDED.at[0, 1, 0].set(jnp.inf).at[0, 3, 0].set(jnp.nan)
+    output, stats = apply(paddings_layer(padding), x, PADDED_MASK)
+    assert np.isfinite(output).all()
+    assert not np.asarray(output)[0, [1, 3]].any()
+    # Token 3 is padding: it asks for a slot where padding is routed as it is.
+    assert float(stats.nonfinite) == (2 if padding == "routed" else 1)
+
+
+def test_an_absolute_capacity_takes_the_place_of_the_factors() -> None:
+    config = dataclasses.replace(CONFIG, expert_capacity=64, min_expert_capacity=80)
+    assert [config.capacity(tokens, train) for tokens in (100, 12) for train in (True, False)] == [64, 64, 12, 12]
+
+
+def test_a_sequence_is_a_group_of_its_own() -> None:
+    config = dataclasses.replace(CONFIG, expert_capacity=1, group_size="sequence")
+    (x, mask), layer = tokens(), make_layer(config)
+    whole, stats = apply(layer, x, mask)
+    rows = [apply(layer, x[row : row + 1], mask[row : row + 1]) for row in range(BATCH)]
+    np.testing.assert_allclose(whole, np.concatenate([output for output, _ in rows]), rtol=1e-6, atol=1e-7)
+    assert float(stats.dropped) == sum(float(row.dropped) for _, row in rows) > 0
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "sinkhorn"])
+def test_padding_is_not_counted_by_routers_that_would_choose_otherwise_with_it(router: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"MoEConfig\.padding 'counted' has no meaning for the router '{router}'"):
+        MoEConfig(4, padding="counted", router=RouterConfig(router=router))

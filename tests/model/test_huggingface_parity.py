@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from switch_t5.cli.config_files import packaged_configs
+from switch_t5.cli.configuration import Configuration
 from switch_t5.inference.decoding import greedy_decode
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits
@@ -199,3 +203,49 @@ def test_greedy_decoding_agrees(name: str, golden_name: str) -> None:
     expected = golden[golden_name][:, 1:]
     decode = jax.jit(functools.partial(greedy_decode, model, max_length=expected.shape[1], eos_id=1))
     np.testing.assert_array_equal(decode(params, batch["encoder_input_tokens"]), expected)
+
+
+def convention(capacity: int, **fields: Any) -> MoEConfig:
+    """The sparse layers of conventions/huggingface.gin, with the golden models' number of experts."""
+    file = str(packaged_configs() / "conventions" / "huggingface.gin")
+    flags = ("MoEConfig.num_experts=4", f"MoEConfig.expert_capacity={capacity}")
+    return dataclasses.replace(Configuration.load([file], flags).get("MoEConfig"), **fields)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize(("capacity", "drops"), [(64, (0, 0)), (6, (22, 1)), (2, (69, 20))])
+def test_the_convention_gives_their_slots_drops_and_losses(capacity: int, drops: tuple[int, int], stack: str) -> None:
+    """Of the same router logits: an identity is the router, and experts return their input."""
+    golden = case("switch")[2]
+    ours = golden["input_ids"] > 0 if stack == "encoder" else golden["labels"] >= 0
+    assert not ours.all()
+    theirs = {name: golden[f"cap{capacity}/{stack}_l1_{name}"] for name in ("router_logits", "dispatch", "gate")}
+    layer = SwitchFeedForward(convention(capacity), 4, 8, ("relu",), "t5x", rngs=nnx.Rngs(0))
+    layer.router[...] = jnp.eye(4)
+    # The sum of the rectified input and of its negative's, negated.
+    both = jnp.concatenate([jnp.eye(4), -jnp.eye(4)], axis=1)
+    layer.experts.wi[...] = jnp.broadcast_to(both, (4, 4, 8))
+    layer.experts.wo[...] = jnp.broadcast_to(both.T, (4, 8, 4))
+    x = jnp.asarray(theirs["router_logits"])
+    output, stats = layer(x, jnp.asarray(ours), tokens=jnp.zeros(ours.shape, int), sequences=1, train=True, rng=None)
+    kept = theirs["dispatch"].sum(-1) > 0
+    np.testing.assert_allclose(output, (theirs["gate"] * kept)[..., None] * x, rtol=1e-5, atol=1e-6)
+    assert float(stats.dropped) == drops[stack == "decoder"] == golden[f"cap{capacity}/{stack}_l1_dropped"].sum()
+    means = stats.means()
+    np.testing.assert_allclose(means["load_balance_loss"], golden[f"cap{capacity}/{stack}_aux_loss"], rtol=1e-5)
+    np.testing.assert_allclose(means["router_z_loss"], golden[f"cap{capacity}/{stack}_z_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [6, 2])
+def test_logits_agree_where_experts_overflow(capacity: int) -> None:
+    _, params, golden, batch = case("switch")
+    model = Model(dataclasses.replace(CONFIGS["switch"], moe=convention(capacity)))
+
+    @jax.jit
+    def forward(params: Params, batch: dict[str, Array]) -> Array:
+        module = model.bind(params)
+        return logits(module(batch)[0], module.output_kernel())
+
+    real = golden["labels"] >= 0
+    ours = forward(params, batch)
+    np.testing.assert_allclose(ours[real], golden[f"cap{capacity}/logits"][real], rtol=1e-5, atol=5e-5)

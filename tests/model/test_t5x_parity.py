@@ -39,6 +39,13 @@ CONFIG = TransformerConfig(
     moe=MoEConfig(4, group_size=16, capacity_rounding="round", jitter_noise=0.0),
 )
 
+SOWN = {
+    "auxiliary_loss": "load_balance_loss",
+    "router_z_loss": "router_z_loss",
+    "fraction_tokens_left_behind": "fraction_dropped",
+}
+"""Their names of an encoder layer's statistics, and ours."""
+
 
 def from_t5x(config: TransformerConfig) -> Params:
     """Our parameters from a T5X checkpoint: a Zarr folder for each."""
@@ -131,3 +138,21 @@ def test_logits_and_losses_of_padded_sequences_agree_where_there_is_a_target(
     assert dropped > 0
     np.testing.assert_allclose(nats / real.sum(), golden[f"{kind}_cross_ent_loss"], rtol=2e-6)
     np.testing.assert_allclose(z_loss / real.sum(), golden[f"{kind}_z_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "train"), [("eval", False), ("train", True)])
+def test_zeroed_padding_gives_the_encoders_losses_and_drops(
+    golden: dict[str, np.ndarray], params: Params, kind: str, train: bool
+) -> None:
+    """Padding is zero there when it reaches the router: its logits are 0, and it takes slots of the first expert."""
+    batch = batch_of(golden, "in_")
+    assert CONFIG.moe is not None and not (np.asarray(batch["encoder_input_tokens"]) > 0).all()
+    model = Model(dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, padding="zeroed")))
+    _, stats = jax.jit(lambda params, tokens: model.bind(params).encode(tokens, train=train))(
+        params, batch["encoder_input_tokens"]
+    )
+    means = {name: float(value[0]) for name, value in stats.means().items() if name != "expert_load"}
+    sown = {name: float(golden[f"{kind}_sown/encoder/layers_1/mlp/{name}"][0]) for name in SOWN}
+    assert {SOWN[name]: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in sown.items()} == {
+        name: means[name] for name in SOWN.values()
+    }

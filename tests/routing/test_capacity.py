@@ -75,3 +75,9 @@ def test_a_group_does_not_depend_on_how_a_batch_is_split(length: int, group_size
     for parts in (2, 4, 8):
         share = group_shape(8 * sequences // parts, length, group_size, sequences)
         assert share == (groups // parts, tokens)
+
+
+@pytest.mark.parametrize("length", [16, 3, 5000])
+def test_a_sequence_may_be_a_group_whatever_its_length(length: int) -> None:
+    assert sequences_per_group("sequence", 16) == 1
+    assert group_shape(6, length, "sequence", 1) == (6, length)

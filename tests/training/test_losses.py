@@ -209,7 +209,8 @@ def test_router_losses_are_over_their_stacks_tokens_and_reduced_over_sparse_laye
 
 def test_a_model_sparse_in_one_stack_alone_averages_over_that_stack() -> None:
     stats = ModelStats(None, stack_stats([10.0, 20.0], [5.0, 5.0]))
-    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE), LossConfig())
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
+    losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction="mean"))
     np.testing.assert_allclose(losses["load_balance_loss"], 30 / 5 / 2, rtol=1e-6)
 
 
