@@ -44,7 +44,7 @@ SOWN = {
     "router_z_loss": "router_z_loss",
     "fraction_tokens_left_behind": "fraction_dropped",
 }
-"""Their names of an encoder layer's statistics, and ours."""
+"""Their names of a sparse layer's statistics, and ours."""
 
 
 def from_t5x(config: TransformerConfig) -> Params:
@@ -141,18 +141,18 @@ def test_logits_and_losses_of_padded_sequences_agree_where_there_is_a_target(
 
 
 @pytest.mark.parametrize(("kind", "train"), [("eval", False), ("train", True)])
-def test_zeroed_padding_gives_the_encoders_losses_and_drops(
+def test_zeroed_padding_gives_their_router_losses_and_drops(
     golden: dict[str, np.ndarray], params: Params, kind: str, train: bool
 ) -> None:
     """Padding is zero there when it reaches the router: its logits are 0, and it takes slots of the first expert."""
     batch = batch_of(golden, "in_")
-    assert CONFIG.moe is not None and not (np.asarray(batch["encoder_input_tokens"]) > 0).all()
+    assert CONFIG.moe is not None
+    # As there, a group is a sequence in the decoder too.
     model = Model(dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, padding="zeroed")))
-    _, stats = jax.jit(lambda params, tokens: model.bind(params).encode(tokens, train=train))(
-        params, batch["encoder_input_tokens"]
-    )
-    means = {name: float(value[0]) for name, value in stats.means().items() if name != "expert_load"}
-    sown = {name: float(golden[f"{kind}_sown/encoder/layers_1/mlp/{name}"][0]) for name in SOWN}
-    assert {SOWN[name]: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in sown.items()} == {
-        name: means[name] for name in SOWN.values()
-    }
+    _, stats = jax.jit(lambda params, batch: model.bind(params)(batch, train=train))(params, batch)
+    for stack, tokens in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
+        assert not (np.asarray(batch[tokens]) > 0).all()
+        means = stats.stacks()[stack].means()
+        for theirs, ours in SOWN.items():
+            expected = golden[f"{kind}_sown/{stack}/layers_1/mlp/{theirs}"]
+            np.testing.assert_allclose(means[ours], expected, rtol=1e-5, atol=1e-6, err_msg=f"{stack} {ours}")

@@ -133,6 +133,16 @@ def test_the_least_capacity_counts_where_it_is_more_than_the_factor_gives():
     assert more == 2 * 4 * 2 * 2 * 2 * 8 * 5
 
 
+def test_an_absolute_capacity_counts_for_each_sequence():
+    assert SPARSE.moe is not None
+    moe = dataclasses.replace(SPARSE.moe, group_size="sequence", expert_capacity=6)
+    dense = forward_flops(dataclasses.replace(SPARSE, moe=None), 4, 8, 4)
+    # Four groups and four experts; 6 slots of an encoder's row of 8, 4 of a decoder's row of 4.
+    encoder = product(32, 8, 4) + (4 * 4 * 6 - 32) * 2 * 2 * 8 * 5
+    decoder = 2 * (product(16, 8, 4) + (4 * 4 * 4 - 16) * 2 * 2 * 8 * 5)
+    assert forward_flops(dataclasses.replace(SPARSE, moe=moe), 4, 8, 4) == dense + encoder + decoder
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("moe", [None, SPARSE.moe])

@@ -137,12 +137,12 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
 
 
-def test_the_router_losses_are_the_statistics_means_over_sparse_layers() -> None:
+def test_the_router_losses_are_the_statistics_sums_over_sparse_layers() -> None:
     _, metrics = outcome()
     for name in ("load_balance_loss", "router_z_loss"):
         layers = jnp.concatenate([stats.means()[name] for stats in metrics["router"].values()])
         assert layers.shape == (2,)
-        np.testing.assert_allclose(metrics[name], layers.mean(), rtol=1e-6)
+        np.testing.assert_allclose(metrics[name], layers.sum(), rtol=1e-6)
 
 
 def test_without_randomness_the_step_number_changes_nothing() -> None:
