@@ -219,6 +219,7 @@ def test_capacity_follows_the_configuration() -> None:
     [
         ("num_experts", 0, "must be at least 1, got 0."),
         ("group_size", 0, "must be at least 1, got 0."),
+        ("min_expert_capacity", 0, "must be at least 1, got 0."),
         ("min_expert_capacity", -1, "must be at least 1, got -1."),
         ("train_capacity_factor", 0.0, "must be above 0, got 0.0."),
         ("eval_capacity_factor", -1.0, "must be above 0, got -1.0."),

@@ -41,6 +41,12 @@ def test_capacity_is_never_below_its_minimum_nor_above_the_groups_tokens() -> No
     assert expert_capacity(2, 8, 1.0, min_expert_capacity=4) == 2
 
 
+@pytest.mark.parametrize("rounding", ["floor", "round", "ceil"])
+def test_an_expert_has_a_slot_however_small_the_factor(rounding: Rounding) -> None:
+    for tokens in (1, 7, 4096):
+        assert expert_capacity(tokens, 2048, 1e-9, min_expert_capacity=1, rounding=rounding) == 1
+
+
 def test_a_group_holds_whole_encoder_sequences_and_one_at_the_least() -> None:
     assert sequences_per_group(4096, 512) == 8
     assert sequences_per_group(1000, 512) == 1

@@ -146,6 +146,14 @@ def test_slots_are_one_to_one_within_the_capacity_and_padding_takes_none(name: s
     check_one_to_one(example.decision(CASES[name]).assignment, example.mask)
 
 
+@pytest.mark.parametrize("name", ["top_3", "batch_prioritized", "no_token_left_behind", "expert_choice", "hash"])
+def test_without_a_slot_every_token_is_dropped(name: str) -> None:
+    example = drawn(0, 0.8, 1.0, False, EXPERTS)
+    routing = example.decision(CASES[name], 0)
+    assert not np.asarray(routing.assignment.kept).any()
+    assert float(example.statistics(CASES[name], routing).dropped) == example.mask.sum() > 0
+
+
 @every_router
 @few
 @given(example=examples(), other=examples())
