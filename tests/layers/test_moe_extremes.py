@@ -146,7 +146,8 @@ def test_padding_alone_has_no_output_no_loss_and_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_expert_without_a_token_has_exactly_no_gradient(name: str) -> None:
     x, router = inputs()
-    mask, tokens = np.arange(TOKENS)[None] < 2, np.full((1, TOKENS), 5)
+    # The last are real: an empty slot's index, past the end, must not be taken for the nearest.
+    mask, tokens = np.arange(TOKENS)[None] >= TOKENS - 2, np.full((1, TOKENS), 5)
     step = run(name, x, mask, tokens, router=router)
     routing = decide(CASES[name].config, CAPACITY, x @ router, mask, tokens, np.zeros(EXPERTS, np.float32), None)
     visited = np.asarray(routing.assignment.entry).reshape(EXPERTS, CAPACITY) < routing.assignment.slot[0].size
