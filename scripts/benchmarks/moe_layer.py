@@ -73,7 +73,8 @@ def measure(size: str, experts: int, dispatch: Any, routes: str, repeats: int) -
     from flax import nnx
 
     from switch_t5.layers.dense import FeedForward
-    from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
+    from switch_t5.layers.moe import SwitchFeedForward
+    from switch_t5.layers.moe_config import MoEConfig
 
     emb_dim, mlp_dim = (int(part) for part in size.split("x"))
     config = MoEConfig(experts, group_size=TOKENS, train_capacity_factor=CAPACITY_FACTOR, dispatch=dispatch)
@@ -81,7 +82,7 @@ def measure(size: str, experts: int, dispatch: Any, routes: str, repeats: int) -
     dense = FeedForward(emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
     x, router = routed_tokens(np.random.default_rng(0), emb_dim, experts, routes)
     layer.router[...] = jnp.asarray(router)
-    capacity = layer.capacity(TOKENS, train=True)
+    capacity = layer.config.capacity(TOKENS, train=True)
     mask, ids = jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
     layer_graph, layer_params = nnx.split(layer)
     dense_graph, dense_params = nnx.split(dense)

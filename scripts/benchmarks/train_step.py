@@ -95,7 +95,7 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from switch_t5.layers.moe import MoEConfig
+    from switch_t5.layers.moe_config import MoEConfig
     from switch_t5.model.config import TransformerConfig
     from switch_t5.model.functional import Model
     from switch_t5.training.losses import LossConfig

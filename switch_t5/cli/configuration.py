@@ -38,7 +38,7 @@ from switch_t5.errors import ConfigError, UserError
 CONFIGURABLES: dict[str, str] = {
     "RuntimeConfig": "switch_t5.cli.runtime:RuntimeConfig",
     "TransformerConfig": "switch_t5.model.config:TransformerConfig",
-    "MoEConfig": "switch_t5.layers.moe:MoEConfig",
+    "MoEConfig": "switch_t5.layers.moe_config:MoEConfig",
     "RouterConfig": "switch_t5.routing.router:RouterConfig",
     "MeshConfig": "switch_t5.partitioning.mesh:MeshConfig",
     "DataConfig": "switch_t5.data.pipeline:DataConfig",

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from switch_t5.conformance import oracle
-from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
+from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
 from switch_t5.partitioning.rules import named_sharding, partitioned
 from switch_t5.routing.choice import hashed
@@ -38,7 +39,7 @@ BOUNDS: dict[DataType, float] = {"float32": 2e-5, "bfloat16": 3e-2}
 LOSS_WEIGHTS = {"load_balance_loss": 0.5, "router_z_loss": 0.25, "importance_loss": 0.125}
 """Of the losses, in the scalar whose gradient is compared; large, so that none can hide."""
 
-Routes = Callable[[np.ndarray, np.ndarray, np.ndarray], list[oracle.Route]]
+Routes = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None], list[oracle.Route]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Router:
 
     Attributes:
       config: of the library.
-      routes: logits ``[G, S, E]``, mask ``[G, S]`` and tokens ``[G, S]`` to the oracle's routes.
+      routes: logits ``[G, S, E]``, mask ``[G, S]``, tokens ``[G, S]`` and the capacity to the oracle's routes.
       probs: logits to the distribution that losses see; None where experts are given and there are no logits.
       first_choice_only: the load counts only first choices.
     """
@@ -59,7 +60,7 @@ class Router:
 
 
 def _top_k(**settings: Any) -> Routes:
-    return lambda logits, mask, tokens: oracle.top_k(logits, mask, CAPACITY, **settings)
+    return lambda logits, mask, tokens, capacity: oracle.top_k(logits, mask, capacity, **settings)
 
 
 def _no_noise(mask: np.ndarray) -> np.ndarray:
@@ -77,42 +78,45 @@ ROUTERS: dict[str, Router] = {
     ),
     "gshard_top_2": Router(
         RouterConfig(router="gshard_top_2"),
-        lambda logits, mask, tokens: oracle.gshard_top_2(logits, mask, CAPACITY, uniform=_no_noise(mask)),
+        lambda logits, mask, tokens, capacity: oracle.gshard_top_2(logits, mask, capacity, uniform=_no_noise(mask)),
         first_choice_only=True,
     ),
     "no_token_left_behind": Router(
         RouterConfig(router="no_token_left_behind", num_rounds=3),
-        lambda logits, mask, tokens: oracle.no_token_left_behind(logits, mask, CAPACITY, rounds=3),
+        lambda logits, mask, tokens, capacity: oracle.no_token_left_behind(logits, mask, capacity, rounds=3),
         first_choice_only=True,
     ),
     "sinkhorn": Router(
         RouterConfig(router="sinkhorn", sinkhorn_iterations=4),
-        lambda logits, mask, tokens: oracle.sinkhorn(logits, mask, CAPACITY, iterations=4),
+        lambda logits, mask, tokens, capacity: oracle.sinkhorn(logits, mask, capacity, iterations=4),
     ),
     "sigmoid_top_k": Router(
         RouterConfig(router="sigmoid_top_k", num_selected_experts=2, weight_scale=1.5),
-        lambda logits, mask, tokens: oracle.sigmoid_top_k(logits, mask, CAPACITY, k=2, bias=BIAS, scale=1.5),
+        lambda logits, mask, tokens, capacity: oracle.sigmoid_top_k(logits, mask, capacity, k=2, bias=BIAS, scale=1.5),
         probs=oracle.normalized_sigmoid,
     ),
     "sigmoid_limited": Router(
         RouterConfig(router="sigmoid_top_k", num_selected_experts=2, num_expert_groups=4, num_limited_groups=2),
-        lambda logits, mask, tokens: oracle.sigmoid_top_k(
-            logits, mask, CAPACITY, k=2, bias=BIAS, num_expert_groups=4, num_limited_groups=2
+        lambda logits, mask, tokens, capacity: oracle.sigmoid_top_k(
+            logits, mask, capacity, k=2, bias=BIAS, num_expert_groups=4, num_limited_groups=2
         ),
         probs=oracle.normalized_sigmoid,
     ),
     "expert_choice": Router(
-        RouterConfig(router="expert_choice"), lambda logits, mask, tokens: oracle.expert_choice(logits, mask, CAPACITY)
+        RouterConfig(router="expert_choice"),
+        lambda logits, mask, tokens, capacity: oracle.expert_choice(logits, mask, capacity),
     ),
     "hash": Router(
         RouterConfig(router="hash"),
-        lambda logits, mask, tokens: oracle.given(np.asarray(hashed(jnp.asarray(tokens), EXPERTS)), mask, CAPACITY),
+        lambda logits, mask, tokens, capacity: oracle.given(
+            np.asarray(hashed(jnp.asarray(tokens), EXPERTS)), mask, capacity
+        ),
         probs=None,
     ),
     "random": Router(
         RouterConfig(router="random"),
-        lambda logits, mask, tokens: oracle.given(
-            np.asarray(jax.random.randint(jax.random.key(0), mask.shape, 0, EXPERTS)), mask, CAPACITY
+        lambda logits, mask, tokens, capacity: oracle.given(
+            np.asarray(jax.random.randint(jax.random.key(0), mask.shape, 0, EXPERTS)), mask, capacity
         ),
         probs=None,
     ),
@@ -168,15 +172,20 @@ def cells(device_count: int) -> Iterator[Cell]:
         if (config.num_devices or 1) > device_count:
             continue
         for router in ROUTERS:
-            for dispatch in DISPATCHERS:
+            for dispatch in dispatches(router):
                 for dtype in BOUNDS:
                     yield Cell(router, dispatch, dtype, mesh)
+
+
+def dispatches(router: str) -> tuple[DispatchMethod, ...]:
+    """The methods that a router can do with."""
+    return tuple(DISPATCHERS) if ROUTERS[router].config.needs_capacity else (*DISPATCHERS, "dropless")
 
 
 def check(cell: Cell) -> Result:
     """Runs a cell's layer and its gradient, and compares them with the oracle's."""
     inputs = example_inputs(cell.dtype)
-    expected = expected_values(cell.router, cell.dtype)
+    expected = expected_values(cell.router, cell.dtype, None if cell.dispatch == "dropless" else CAPACITY)
     actual = actual_values(cell, inputs)
     errors = {name: relative_error(actual[name], value) for name, value in expected.items()}
     return Result(cell, errors, BOUNDS[cell.dtype])
@@ -212,7 +221,7 @@ def example_inputs(dtype: DataType) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def expected_values(router: str, dtype: DataType) -> dict[str, np.ndarray]:
+def expected_values(router: str, dtype: DataType, capacity: int | None = CAPACITY) -> dict[str, np.ndarray]:
     """The oracle's output, losses, statistics and gradients on :func:`example_inputs`."""
     inputs = example_inputs(dtype)
     spec, mask, tokens = ROUTERS[router], inputs["mask"], inputs["tokens"]
@@ -220,7 +229,7 @@ def expected_values(router: str, dtype: DataType) -> dict[str, np.ndarray]:
 
     def evaluate(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], list[oracle.Route], np.ndarray]:
         logits = arrays["x"] @ arrays["router"]
-        routes = spec.routes(logits, mask, tokens)
+        routes = spec.routes(logits, mask, tokens, capacity)
         if spec.probs is None:
             probs = np.zeros(logits.shape)
             for route in routes:

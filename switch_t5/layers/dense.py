@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_t5.layers.dropout import dropout
+from switch_t5.layers.dropout import dropout, dropout_of_rows
+from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
 from switch_t5.partitioning.rules import constrain, is_partitioned
@@ -25,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class FeedForward(nnx.Module):
     """``wo(activation(x wi))``; with two activations, their product (GLU variants, Shazeer 2020). No biases.
 
-    With ``num_experts`` the kernels have a leading expert axis, and so has the input.
+    With ``num_experts`` the kernels have a leading expert axis; so has the input, or its rows are sorted by expert.
     """
 
     # Either wi, or wi_0 and wi_1.
@@ -59,27 +61,44 @@ class FeedForward(nnx.Module):
     def _input_names(self) -> tuple[str, ...]:
         return ("wi",) if len(self.activations) == 1 else ("wi_0", "wi_1")
 
-    def __call__(self, x: Array, *, hidden_axes: Axes, dropout_rate: float, rng: Array | None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        *,
+        hidden_axes: Axes = (),
+        dropout_rate: float,
+        rng: Array | None,
+        sizes: Array | None = None,
+        numbers: Array | None = None,
+    ) -> Array:
         """Applies the layer.
 
         Args:
-          x: ``[batch, length, embed]``, or ``[expert, tokens, embed]`` where there are experts.
-          hidden_axes: the hidden activation's logical axes.
+          x: ``[batch, length, embed]``; where there are experts ``[expert, tokens, embed]``, or ``[rows, embed]``
+            sorted by expert.
+          hidden_axes: the hidden activation's logical axes; of no use for rows.
           dropout_rate: of the hidden activation.
           rng: None in evaluation.
+          sizes: ``[expert]`` int32, how many of the rows are each expert's.
+          numbers: ``[rows]`` int32, what a row's dropout is drawn by.
 
         Returns:
-          The shape and dtype of ``x``.
+          The shape and dtype of ``x``. Of experts whose hidden activations are split over devices, in
+          :func:`switch_t5.partitioning.rules.per_shard`, it is this device's part of the sum.
         """
+        multiply = _matmul if sizes is None else partial(grouped_matmul, sizes=sizes)
         hidden = None
         for name, activation in zip(self._input_names(), self.activations, strict=True):
-            branch = ACTIVATIONS[activation](_matmul(x, getattr(self, name)[...].astype(x.dtype)))
+            branch = ACTIVATIONS[activation](multiply(x, getattr(self, name)[...].astype(x.dtype)))
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
-        # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
-        shared = None if hidden_axes[0] == "expert" else -2
-        hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng, broadcast_dim=shared)
-        return _matmul(hidden, self.wo[...].astype(x.dtype))
+        if numbers is not None:
+            hidden = dropout_of_rows(hidden, dropout_rate, rng, numbers, columns="expert_mlp")
+        else:
+            # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
+            shared = None if hidden_axes[0] == "expert" else -2
+            hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng, broadcast_dim=shared)
+        return multiply(hidden, self.wo[...].astype(x.dtype))
 
 
 def _matmul(x: Array, kernel: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from switch_t5.partitioning.rules import shard_count, shard_index
 from switch_t5.types import Array
 
 
@@ -24,6 +25,27 @@ def dropout(x: Array, rate: float, rng: Array | None, *, broadcast_dim: int | No
         shape[broadcast_dim] = 1
     keep = jax.random.bernoulli(rng, 1 - rate, tuple(shape))
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def dropout_of_rows(x: Array, rate: float, rng: Array | None, numbers: Array, *, columns: str) -> Array:
+    """:func:`dropout` whose draw for a row follows from its number alone, wherever the row stands.
+
+    Args:
+      x: ``[rows, columns]``, or this device's columns of it in :func:`switch_t5.partitioning.rules.per_shard`.
+      rate: in [0, 1).
+      rng: None in evaluation.
+      numbers: ``[rows]`` int32.
+      columns: the logical axis of the columns.
+    """
+    if rng is None or rate == 0:
+        return x
+    width = x.shape[1]
+
+    def keep(number: Array) -> Array:
+        whole = jax.random.bernoulli(jax.random.fold_in(rng, number), 1 - rate, (width * shard_count(columns),))
+        return jax.lax.dynamic_slice_in_dim(whole, shard_index(columns) * width, width)
+
+    return jnp.where(jax.vmap(keep)(numbers), x / (1 - rate), 0).astype(x.dtype)
 
 
 def split_rng(rng: Array | None, count: int) -> list[Array | None]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -18,3 +21,12 @@ def parameter(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: A
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {shape} cannot have the axes {axes}")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def parameter_axes(params: nnx.State) -> Any:
+    """The logical axes of each parameter, in the structure of ``params``; of one layer where a scan holds several."""
+    return jax.tree.map(
+        lambda leaf: leaf.get_metadata()["axes"][-leaf[...].ndim :],
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
+    )

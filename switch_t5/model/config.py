@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from switch_t5.errors import ConfigError, check_types
 from switch_t5.layers.initializers import Initialization
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.routing.capacity import sequences_per_group
 
 LayerLayout = int | str | tuple[int, ...]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,6 +32,7 @@ LOGICAL_AXIS_RULES: Rules = {
 }
 
 _active: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("active_partitioning", default=None)
+_shard: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("partitioning_of_a_shard", default=None)
 
 
 def partition_spec(axes: Axes, rules: Rules = LOGICAL_AXIS_RULES, *, name: str = "array") -> PartitionSpec:
@@ -118,3 +120,73 @@ def constrain(x: Array, axes: Axes) -> Array:
     mesh, rules = active
     sharding = named_sharding(mesh, axes, x.shape, rules, name="an activation")
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def per_shard(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """``function``, run by each device on its shards of the arguments.
+
+    In it :func:`constrain` does nothing, and :func:`gather_shards`, :func:`sum_shards` and :func:`shard_index` are how
+    devices meet. On one device, or outside :func:`partitioned`, they are identities and it is ``function`` itself.
+
+    Args:
+      function: of arrays, or trees of them.
+      in_axes: for each argument a tree of logical axes; None for what every device has whole.
+      out_axes: the same for the result.
+    """
+    active = _active.get()
+    if active is None or not is_partitioned():
+        return function
+    mesh, rules = active
+
+    def on_a_shard(*args: Any) -> Any:
+        tokens = _active.set(None), _shard.set(active)
+        try:
+            return function(*args)
+        finally:
+            _active.reset(tokens[0])
+            _shard.reset(tokens[1])
+
+    def specs(axes: Any) -> Any:
+        is_axes = lambda node: node is None or isinstance(node, tuple)  # noqa: E731
+        return jax.tree.map(lambda node: partition_spec(node or (), rules), axes, is_leaf=is_axes)
+
+    in_specs = tuple(specs(axes) for axes in in_axes)
+    # Loops of a data-dependent length cannot say along which axes their result is the same.
+    return jax.shard_map(on_a_shard, mesh=mesh, in_specs=in_specs, out_specs=specs(out_axes), check_vma=False)
+
+
+def gather_shards(x: Array, axis: str) -> Array:
+    """Inside :func:`per_shard`: all devices' ``x`` along the mesh axis of a logical one, one after the other."""
+    names = _mesh_axes(axis)
+    return jax.lax.all_gather(x, names, tiled=True) if names else x
+
+
+def sum_shards(x: Array, *, scatter: str, over: str) -> Array:
+    """Inside :func:`per_shard`: the sum of all devices' ``x`` along two axes, of which ``scatter`` deals out parts."""
+    if names := _mesh_axes(scatter):
+        x = jax.lax.psum_scatter(x, names, tiled=True)
+    names = _mesh_axes(over)
+    return jax.lax.psum(x, names) if names else x
+
+
+def shard_index(axis: str) -> Array | int:
+    """Inside :func:`per_shard`: which of the shards along a logical axis this is."""
+    names = _mesh_axes(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def shard_count(axis: str) -> int:
+    """Inside :func:`per_shard`: how many shards there are along a logical axis."""
+    shard = _shard.get()
+    return 1 if shard is None else math.prod(shard[0].shape[name] for name in _mesh_axes(axis))
+
+
+def _mesh_axes(axis: str) -> tuple[str, ...]:
+    """Those of a shard's mesh, of more than one device, that a logical axis is split over."""
+    shard = _shard.get()
+    if shard is None:
+        return ()
+    mesh, rules = shard
+    target = rules[axis]
+    names = (target,) if isinstance(target, str) else target or ()
+    return tuple(name for name in names if mesh.shape[name] > 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.routing.capacity import group_shape, sequences_per_group
 

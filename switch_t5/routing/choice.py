@@ -1,7 +1,8 @@
 """The routers of the literature: pure functions from logits to an :class:`Assignment`.
 
 Each takes ``mask`` ``[G, S]`` bool, False for padding, which takes no slot, and returns for every token its
-choices, their slots and their weights. Among equals the expert of lower index and the earlier token win.
+choices, their slots and their weights. Where ``capacity`` may be None it stands for slots without end: every
+choice is kept, and none has a slot. Among equals the expert of lower index and the earlier token win.
 """
 
 from __future__ import annotations
@@ -9,13 +10,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from switch_t5.routing.assignment import Assignment, assign_slots, assignment_of_slots, load_of, position_in_expert
+from switch_t5.routing.assignment import (
+    Assignment,
+    Choices,
+    assign_slots,
+    assignment_of_slots,
+    load_of,
+    position_in_expert,
+)
 from switch_t5.types import Array
 
 
 def top_k(
     router_probs: Array,
-    capacity: int,
+    capacity: int | None,
     mask: Array,
     *,
     k: int = 1,
@@ -23,7 +31,7 @@ def top_k(
     renormalize: bool = False,
     scale: float = 1.0,
     batch_prioritized: bool = False,
-) -> Assignment:
+) -> Choices:
     """Each token goes to its k best experts.
 
     Source: Fedus et al. 2022, section 2.1, for k = 1; Shazeer et al. 2017 and Lepikhin et al. 2020 for more;
@@ -56,7 +64,7 @@ def top_k(
     return assign_slots(expert, weight, num_experts, capacity, order=order)
 
 
-def gshard_top_2(router_probs: Array, capacity: int, mask: Array, *, uniform: Array) -> Assignment:
+def gshard_top_2(router_probs: Array, capacity: int | None, mask: Array, *, uniform: Array) -> Choices:
     """The best expert, and the second best with a probability of twice its share.
 
     Source: Lepikhin et al. 2020, algorithm 1. The two weights are divided by their sum.
@@ -75,7 +83,7 @@ def gshard_top_2(router_probs: Array, capacity: int, mask: Array, *, uniform: Ar
     return assign_slots(expert, jnp.where(asks, weight, 0), num_experts, capacity)
 
 
-def given(expert: Array, capacity: int, mask: Array, num_experts: int, dtype: jnp.dtype) -> Assignment:
+def given(expert: Array, capacity: int | None, mask: Array, num_experts: int, dtype: jnp.dtype) -> Choices:
     """Experts that no router chose, with weight 1: baselines.
 
     Source: Roller et al. 2021 (hash layers).
@@ -147,7 +155,7 @@ def expert_choice(router_probs: Array, capacity: int, mask: Array) -> Assignment
     is_full = jnp.arange(capacity) < jnp.sum(mask, axis=-1)[:, None, None]
     entry = jnp.where(is_full, token * num_experts + index[:, None], tokens * num_experts)
     entry = entry.reshape(mask.shape[0], num_experts * capacity)
-    return Assignment(expert, slot, entry, weight, num_experts, capacity)
+    return Assignment(expert=expert, weight=weight, num_experts=num_experts, slot=slot, entry=entry, capacity=capacity)
 
 
 def sinkhorn_scores(router_logits: Array, mask: Array, iterations: int) -> Array:

@@ -7,6 +7,9 @@ Two interchangeable methods compute the same function and the same gradients:
   token's few slots. Where a token may have many (expert choice), the rows are added into their tokens instead.
 * ``einsum`` multiplies by one-hot masks ``[G, S, E, C]`` as the paper's pseudocode does (appendix F). It costs
   a matrix multiplication as large as a dense layer's, and is kept as the reference.
+
+Without capacity there are no slots: :func:`dispatch_rows` and :func:`combine_rows` are the two verbs of ``dropless``,
+which sorts rows by expert and gathers as ``gather`` does.
 """
 
 from __future__ import annotations
@@ -17,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.assignment import Assignment, RowOrder
 from switch_t5.types import Array
 
-DispatchMethod = Literal["gather", "einsum"]
+DispatchMethod = Literal["auto", "gather", "einsum", "dropless"]
 
 _GATHERED_CHOICES = 8
 """More choices than this are added up by slot, which reads each row once."""
 
 
 class Dispatcher(Protocol):
-    """The interface that every method offers."""
+    """The interface that every method with a capacity offers."""
 
     def dispatch(self, x: Array, assignment: Assignment) -> Array:
         """``[G, S, D]`` tokens to ``[G, E, C, D]`` slots; an empty slot is zero."""
@@ -67,6 +70,25 @@ class Einsum:
 
 
 DISPATCHERS: dict[DispatchMethod, Dispatcher] = {"gather": Gather(), "einsum": Einsum()}
+
+
+def dispatcher(method: DispatchMethod) -> Dispatcher:
+    """The method of that name, for a router with a capacity; ``auto`` is the fastest that computes the same function.
+
+    That is ``gather``: no group is so small that products with masks would be faster (``moe_layer.py`` among the
+    benchmarks). ``dropless`` computes another function, which ``auto`` leaves to who asks for it.
+    """
+    return DISPATCHERS["gather" if method == "auto" else method]
+
+
+def dispatch_rows(x: Array, order: RowOrder) -> Array:
+    """``[N, D]`` tokens to ``[N * K, D]`` rows sorted by expert; a row past the last choice is zero."""
+    return _to_slots(x[None], order.row[None], order.entry[None] // order.row.shape[-1])[0]
+
+
+def combine_rows(y: Array, weight: Array, order: RowOrder) -> Array:
+    """``[N * K, D]`` rows to ``[N, D]``: sums over choices, each scaled by its weight ``[N, K]``."""
+    return _to_tokens(y[None], weight[None].astype(y.dtype), order.row[None], order.entry[None])[0]
 
 
 def _masks(assignment: Assignment, weight: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from switch_t5.errors import ConfigError, check_types
 from switch_t5.routing import choice
-from switch_t5.routing.assignment import Assignment, load_of
+from switch_t5.routing.assignment import Choices, load_of
 from switch_t5.types import Array
 
 RouterName = Literal[
@@ -139,6 +139,13 @@ class RouterConfig:
         return self.router in ("expert_choice", "sinkhorn") or self.batch_prioritized
 
     @property
+    def needs_capacity(self) -> str:
+        """What of the router means nothing where experts take all that they are sent; empty if all of it does."""
+        if self.router in ("expert_choice", "no_token_left_behind"):
+            return f"the router {self.router!r}"
+        return "batch_prioritized" if self.batch_prioritized else ""
+
+    @property
     def experts_per_token(self) -> int:
         """Experts that a token passes at the most; of ``expert_choice``, about as many on average."""
         return 2 if self.router == "gshard_top_2" else self.num_selected_experts
@@ -164,7 +171,8 @@ class Routing:
     """What a router decided about ``[G, S]`` tokens.
 
     Attributes:
-      assignment: experts, slots and weights.
+      assignment: experts and weights; an :class:`switch_t5.routing.assignment.Assignment`, with slots, where there is a
+        capacity.
       probs: ``[G, S, E]`` float32, what losses and statistics take as the router's distribution.
       load: ``[G, E]`` int32, the choices that fell on each expert before capacity: all of them, or the first ones
         alone where the source counts so (GShard, No-Token-Left-Behind).
@@ -172,7 +180,7 @@ class Routing:
         eq. 9); None without ``gaussian`` noise.
     """
 
-    assignment: Assignment
+    assignment: Choices
     probs: Array
     load: Array
     load_probs: Array | None = None
@@ -181,7 +189,7 @@ class Routing:
 def route(
     config: RouterConfig,
     router_logits: Array,
-    capacity: int,
+    capacity: int | None,
     mask: Array,
     *,
     bias: Array | None = None,
@@ -193,7 +201,7 @@ def route(
     Args:
       config: names it; neither ``hash`` nor ``random``.
       router_logits: ``[G, S, E]``, finite.
-      capacity: slots of an expert for one group.
+      capacity: slots of an expert for one group; None for any number.
       mask: ``[G, S]`` bool, False for padding.
       bias: ``[E]``, of ``sigmoid_top_k``.
       train: ``sinkhorn`` balances in training alone.
@@ -206,10 +214,12 @@ def route(
             assignment = choice.gshard_top_2(probs, capacity, mask, uniform=uniform)
             return Routing(assignment, probs, load_of(assignment.expert[..., :1], probs.shape[-1]))
         case "no_token_left_behind":
+            assert capacity is not None
             assignment = choice.no_token_left_behind(probs, capacity, mask, rounds=config.num_rounds)
             first = jnp.where(mask, jnp.argmax(probs, axis=-1), probs.shape[-1])
             return Routing(assignment, probs, load_of(first[..., None], probs.shape[-1]))
         case "expert_choice":
+            assert capacity is not None
             assignment = choice.expert_choice(probs, capacity, mask)
             return Routing(assignment, probs, jnp.sum(assignment.expert < probs.shape[-1], axis=1, dtype=jnp.int32))
         case "sinkhorn":
@@ -235,14 +245,20 @@ def route(
 
 
 def route_without_logits(
-    config: RouterConfig, num_experts: int, capacity: int, mask: Array, tokens: Array, *, rng: Array | None = None
+    config: RouterConfig,
+    num_experts: int,
+    capacity: int | None,
+    mask: Array,
+    tokens: Array,
+    *,
+    rng: Array | None = None,
 ) -> Routing:
     """Runs ``hash`` or ``random``.
 
     Args:
       config: names it.
       num_experts: E.
-      capacity: slots of an expert for one group.
+      capacity: slots of an expert for one group; None for any number.
       mask: ``[G, S]`` bool.
       tokens: ``[G, S]`` int32, entries of the vocabulary.
       rng: of ``random``; None, in evaluation, draws the same experts every time.
@@ -255,7 +271,9 @@ def route_without_logits(
     return Routing(assignment, jax.nn.one_hot(expert, num_experts), load_of(assignment.expert, num_experts))
 
 
-def _top_k(config: RouterConfig, probs: Array, capacity: int, mask: Array, scores: Array | None = None) -> Assignment:
+def _top_k(
+    config: RouterConfig, probs: Array, capacity: int | None, mask: Array, scores: Array | None = None
+) -> Choices:
     return choice.top_k(
         probs,
         capacity,
@@ -268,7 +286,7 @@ def _top_k(config: RouterConfig, probs: Array, capacity: int, mask: Array, score
 
 
 def _explored_top_k(
-    config: RouterConfig, router_logits: Array, probs: Array, capacity: int, mask: Array, rng: Array | None
+    config: RouterConfig, router_logits: Array, probs: Array, capacity: int | None, mask: Array, rng: Array | None
 ) -> Routing:
     """``top_k`` with the noise of its exploration."""
     load_probs, scores = None, None

@@ -71,7 +71,7 @@ class Totals:
 
     Attributes:
       normalizer: of the cross-entropy.
-      encoder: tokens that the encoder's routers route, see :class:`switch_t5.layers.moe.MoEConfig` for padding.
+      encoder: tokens that the encoder's routers route, see :class:`switch_t5.layers.moe_config.MoEConfig` for padding.
       decoder: the same of the decoder.
       encoder_counted: tokens that the load-balance loss of the encoder counts.
       decoder_counted: the same of the decoder.

@@ -12,7 +12,7 @@ import pytest
 
 from switch_t5.conformance import cells
 from switch_t5.conformance.cells import ROUTERS, Cell, Result, check, expected_values
-from switch_t5.layers import moe
+from switch_t5.layers import grouped_matmul, moe, moe_config
 from switch_t5.routing import assignment, balance, choice, dispatch, router
 from tests.routing.routers import expected_routes, found_routes
 
@@ -20,6 +20,8 @@ DEFAULT = [
     *(Cell(name) for name in ROUTERS),
     *(Cell(name, "einsum") for name in ("top_2", "expert_choice", "no_token_left_behind")),
     *(Cell(name, mesh="2 x 2 x 2") for name in ("switch", "sigmoid_limited", "expert_choice")),
+    Cell("top_2", "dropless"),
+    Cell("top_3_renormalized", "dropless", mesh="2 x 2 x 2"),
     *(Cell(name, dtype="bfloat16") for name in ("switch", "top_2")),
 ]
 SLOW = [cell for cell in cells.cells(8) if cell not in DEFAULT]
@@ -45,7 +47,8 @@ def test_the_layer_agrees_with_the_oracle_in_every_other_cell(cell: Cell) -> Non
 
 
 def test_every_combination_is_a_cell_and_fewer_devices_have_fewer() -> None:
-    combinations = len(ROUTERS) * len(dispatch.DISPATCHERS) * len(cells.BOUNDS)
+    with_capacity_alone = sum(bool(router.config.needs_capacity) for router in ROUTERS.values())
+    combinations = (3 * len(ROUTERS) - with_capacity_alone) * len(cells.BOUNDS)
     assert len({*DEFAULT, *SLOW}) == combinations * len(cells.MESHES)
     assert len(list(cells.cells(1))) == combinations
 
@@ -62,9 +65,9 @@ def one_more_slot(*args: Any, **kwargs: Any) -> int:
     return expert_capacity(*args, **kwargs) + 1
 
 
-expert_capacity, counts, sum_by_token = moe.expert_capacity, assignment._counts, dispatch._sum_by_token
+expert_capacity, counts, sum_by_token = moe_config.expert_capacity, assignment._counts, dispatch._sum_by_token
 router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, assignment.load_of, balance._importance
-top_k = choice.top_k
+top_k, plan = choice.top_k, grouped_matmul._plan
 
 
 def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -88,6 +91,11 @@ def unscaled(rows: jax.Array, slot: jax.Array, token: jax.Array) -> jax.Array:
     return sum_by_token(rows, slot, token) / slot.shape[-1]
 
 
+def blocks_one_row_short(rows: int, sizes: jax.Array) -> Any:
+    blocks, start, rest, choice, whole = plan(rows, sizes)
+    return blocks, start, rest - 1, choice, whole
+
+
 def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
     del scores
     return top_k(*args, **kwargs)
@@ -96,7 +104,7 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("cell", "owner", "name", "wrong"),
     [
-        (Cell("switch"), moe, "expert_capacity", one_more_slot),
+        (Cell("switch"), moe_config, "expert_capacity", one_more_slot),
         (Cell("switch"), assignment, "_counts", inclusive_counts),
         (Cell("switch"), moe.SwitchFeedForward, "_router_logits", padding_routed),
         (Cell("switch"), balance, "_importance", mean_for_sum),
@@ -104,6 +112,7 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
         (Cell("top_2"), dispatch, "_sum_by_token", unscaled),
         (Cell("sigmoid_top_k"), choice, "top_k", no_bias),
         (Cell("sinkhorn"), choice, "top_k", no_bias),
+        (Cell("switch", "dropless"), grouped_matmul, "_plan", blocks_one_row_short),
     ],
     ids=[
         "one slot more",
@@ -114,6 +123,7 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
         "choices averaged for summed",
         "a bias left out",
         "a plan left out",
+        "an expert's last row left out",
     ],
 )
 def test_a_wrong_layer_is_caught(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
+from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
 from switch_t5.partitioning.rules import named_sharding, partitioned
 from switch_t5.types import Array

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from switch_t5.layers.initializers import Initialization, Kind, initializer
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 

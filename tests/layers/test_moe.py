@@ -15,7 +15,8 @@ from flax import nnx
 
 from switch_t5.conformance import oracle
 from switch_t5.errors import ConfigError
-from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
+from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.routing.balance import RouterStats
 from switch_t5.routing.router import RouterConfig
 from switch_t5.types import Array
@@ -209,9 +210,9 @@ def test_expert_dropout_acts_inside_the_experts_at_its_own_rate() -> None:
 def test_capacity_follows_the_configuration() -> None:
     config = MoEConfig(8, train_capacity_factor=1.25, eval_capacity_factor=2.0, capacity_rounding="ceil")
     layer = SwitchFeedForward(config, 2, 2, ("relu",), "t5x", rngs=nnx.Rngs(0))
-    assert layer.capacity(100, train=True) == math.ceil(15.625)
-    assert layer.capacity(100, train=False) == 25
-    assert layer.capacity(8, train=True) == 4
+    assert layer.config.capacity(100, train=True) == math.ceil(15.625)
+    assert layer.config.capacity(100, train=False) == 25
+    assert layer.config.capacity(8, train=True) == 4
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_capacity_follows_the_configuration() -> None:
         ("expert_dropout_rate", -0.1, "must be in [0, 1), got -0.1."),
         ("capacity_rounding", "down", "must be one of 'floor', 'round', 'ceil', got 'down'."),
         ("router_dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'."),
-        ("dispatch", "sort", "must be one of 'gather', 'einsum', got 'sort'."),
+        ("dispatch", "sort", "must be one of 'auto', 'gather', 'einsum', 'dropless', got 'sort'."),
         ("num_experts", 2.5, "must be an integer, got 2.5."),
         ("expert_capacity", 0, "must be at least 1, got 0."),
         ("expert_capacity", 1.5, "must be an integer or None, got 1.5."),

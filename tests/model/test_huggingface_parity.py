@@ -17,7 +17,8 @@ from flax import nnx
 from switch_t5.cli.config_files import packaged_configs
 from switch_t5.cli.configuration import Configuration
 from switch_t5.inference.decoding import greedy_decode
-from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
+from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits

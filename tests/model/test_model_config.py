@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from switch_t5.errors import ConfigError
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import LayerLayout, TransformerConfig, sparse_layers
 
 CONFIG = TransformerConfig(

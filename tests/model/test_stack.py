@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from switch_t5.layers.attention import mask_bias
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.blocks import BlockInputs
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.stack import Stack, shortest_period

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import ModelStats, logits

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from switch_t5.errors import ConfigError
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.conformance import oracle
-from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.assignment import Assignment, Choices
 from switch_t5.routing.choice import hashed
 from switch_t5.routing.router import RouterConfig, Routing, route, route_without_logits
 from switch_t5.types import Array
@@ -136,6 +136,12 @@ def decide(
 
 Found = dict[tuple[int, int, int], tuple[int, int | None]]
 """(group, token, choice) to (expert, position)."""
+
+
+def with_slots(choices: Choices) -> Assignment:
+    """What a router returns where there is a capacity."""
+    assert isinstance(choices, Assignment)
+    return choices
 
 
 def found_routes(assignment: Assignment) -> Found:

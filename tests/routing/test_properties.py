@@ -19,7 +19,7 @@ from switch_t5.routing.balance import RouterStats, router_stats
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import Routing
 from switch_t5.types import Array
-from tests.routing.routers import CASES, KEY, Case, decide, expected_routes, found_routes
+from tests.routing.routers import CASES, KEY, Case, decide, expected_routes, found_routes, with_slots
 
 GROUPS, TOKENS, EXPERTS, CAPACITY, FEATURES = 2, 9, 6, 2, 3
 MANY_EXPERTS = 10
@@ -197,7 +197,7 @@ def test_permuted_experts_are_chosen_as_they_were(name: str, data: st.DataObject
     slot = np.append(permutation[:, None] * CAPACITY + np.arange(CAPACITY), EXPERTS * CAPACITY)
     # The choices of expert choice are the experts.
     choices = permutation if name == "expert_choice" else slice(None)
-    found, expected = permuted.assignment, before.assignment
+    found, expected = with_slots(permuted.assignment), with_slots(before.assignment)
     np.testing.assert_array_equal(expert[found.expert], np.asarray(expected.expert)[..., choices])
     np.testing.assert_array_equal(slot[found.slot], np.asarray(expected.slot)[..., choices])
     np.testing.assert_allclose(found.weight, np.asarray(expected.weight)[..., choices], rtol=1e-5)
@@ -232,7 +232,9 @@ def test_permuted_tokens_choose_as_they_did_where_none_is_dropped(
 def test_where_the_surest_come_first_permuted_tokens_have_the_slots_that_they_had(
     name: str, example: Example, order: list[int]
 ) -> None:
-    before, after = (each.decision(CASES[name]).assignment for each in (example, permuted_tokens(example, order)))
+    before, after = (
+        with_slots(each.decision(CASES[name]).assignment) for each in (example, permuted_tokens(example, order))
+    )
     np.testing.assert_array_equal(after.slot, np.asarray(before.slot)[:, order])
     np.testing.assert_array_equal(after.expert, np.asarray(before.expert)[:, order])
 
@@ -293,7 +295,7 @@ ROUTED = [(name, EXPERTS) for name in CASES] + [("expert_choice", MANY_EXPERTS)]
 def test_unit_experts_and_weights_give_back_kept_tokens_once_a_choice_and_nothing_of_dropped_ones(
     name: str, experts: int, data: st.DataObject, seed: int
 ) -> None:
-    assignment = data.draw(examples(experts=experts)).decision(CASES[name]).assignment
+    assignment = with_slots(data.draw(examples(experts=experts)).decision(CASES[name]).assignment)
     x, d_output = arrays(seed, (GROUPS, TOKENS, FEATURES), (GROUPS, TOKENS, FEATURES))
     unit = dataclasses.replace(assignment, weight=jnp.ones_like(assignment.weight))
     taken = np.sum(np.asarray(assignment.slot) < experts * CAPACITY, axis=-1)[..., None]
@@ -310,7 +312,7 @@ def test_unit_experts_and_weights_give_back_kept_tokens_once_a_choice_and_nothin
 @few
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_both_dispatchers_agree_in_value_and_gradient(name: str, experts: int, data: st.DataObject, seed: int) -> None:
-    assignment = data.draw(examples(experts=experts)).decision(CASES[name]).assignment
+    assignment = with_slots(data.draw(examples(experts=experts)).decision(CASES[name]).assignment)
     x, d_output, scale = arrays(seed, (GROUPS, TOKENS, FEATURES), (GROUPS, TOKENS, FEATURES), (experts,))
     found, expected = (
         jax.tree.leaves(passed(method, assignment, x, scale, d_output)) for method in ("gather", "einsum")

@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 
 from switch_t5.errors import ConfigError
-from switch_t5.layers.moe import MoEConfig, SwitchFeedForward
+from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.routing.choice import hashed
 from switch_t5.routing.router import RouterConfig, route, route_without_logits
 from switch_t5.types import Array
+from tests.routing.routers import with_slots
 
 TOKENS, EXPERTS = 16, 8
 CAUSAL = [
@@ -43,7 +45,7 @@ def logits(seed: int = 0) -> Array:
 
 def decisions(config: RouterConfig, values: Array, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Experts and slots of every token, in training."""
-    found = route(config, values, capacity, jnp.ones((1, TOKENS), bool), train=True).assignment
+    found = with_slots(route(config, values, capacity, jnp.ones((1, TOKENS), bool), train=True).assignment)
     return np.asarray(found.expert)[0], np.asarray(found.slot)[0]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from switch_t5.errors import ConfigError
-from switch_t5.layers.moe import MoEConfig
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import ModelStats
 from switch_t5.routing.balance import RouterStats
