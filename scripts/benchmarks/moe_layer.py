@@ -1,25 +1,35 @@
 """Times the sparse layer, forward and backward, beside a dense feed-forward and the floor of its experts' products.
 
     python scripts/benchmarks/moe_layer.py --json=moe_layer.json
-    python scripts/benchmarks/moe_layer.py --sizes=512x2048 --experts=8,64 --dispatch=gather
+    python scripts/benchmarks/moe_layer.py --sizes=512x2048 --experts=8,64 --dispatch=gather,dropless --routes=zipf
+    python scripts/benchmarks/moe_layer.py --peers --peer_python=/path/to/python/with/deepspeed
 
-Each row runs in a process of its own, which times in turn the whole layer (router, losses, dispatch, experts,
-combine), the dense feed-forward of the same size on the same tokens, and the floor: the experts' two matrix
-multiplications alone on ``[expert, capacity, embed]``, with their derivatives. All return the gradients of their input
-and of their weights. ``balanced`` routes give every expert the same number of tokens, ``zipf`` routes give the i-th
-expert a share in 1/i. Temporary memory is XLA's own account of the layer's program.
+The layer is all of router, losses, dispatch, experts and combine. The floor is its experts' two matrix multiplications
+alone, with their derivatives: on ``[expert, capacity, embed]`` where there is a capacity, and for ``dropless`` one
+product for each expert on exactly the tokens that it got. ``balanced`` routes give every expert the same number of
+tokens, ``zipf`` routes give the i-th expert a share in 1/i. All return the gradients of their input and of their
+weights. Each is timed in a process of its own, in turn with a dense feed-forward on the same tokens: side by side they
+would pay for each other's gigabytes, which malloc returns and asks for again. Temporary memory is XLA's own account of
+the layer's program. Memory comes in large pages, as ``switch-t5`` starts itself; ``--small_pages`` asks for none.
+
+``--peers`` times the layers of DeepSpeed and Hugging Face in a process of their own on the same tokens and routes,
+beside PyTorch's dense feed-forward. Hugging Face's experts take all tokens whatever their capacity.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from typing import Any
 
 from timing import add_common_flags, in_process, report, times
 
+from switch_t5.cli.allocator import large_page_environment
+
 TOKENS, CAPACITY_FACTOR = 8192, 1.25
+PEERS = ("deepspeed", "huggingface")
 
 
 def main() -> int:
@@ -27,24 +37,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", default="512x2048,768x3072", help="embed x mlp of each row")
     parser.add_argument("--experts", default="8,32,64,128,256", help="experts of each row")
-    parser.add_argument("--dispatch", default="gather", help="gather, einsum (whose masks need much memory), or both")
-    parser.add_argument("--routes", default="balanced", help="balanced, zipf, or both")
-    add_common_flags(parser, repeats=9)
+    parser.add_argument("--dispatch", default="gather,dropless,auto,einsum", help="the methods to time")
+    parser.add_argument("--routes", default="balanced,zipf", help="balanced, zipf, or both")
+    parser.add_argument("--small_pages", action="store_true", help="do not ask malloc for large pages")
+    parser.add_argument("--peers", action="store_true", help="also time the layers of DeepSpeed and Hugging Face")
+    parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with torch and the peers")
+    add_common_flags(parser, repeats=7)
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--peer_row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row is not None:
-        size, experts, dispatch, routes = json.loads(args.row)
-        print(json.dumps(measure(size, experts, dispatch, routes, args.repeats)))
+        print(json.dumps(measure(*json.loads(args.row), args.repeats)))
+        return 0
+    if args.peer_row is not None:
+        print(json.dumps(measure_peer(*json.loads(args.peer_row), args.repeats)))
         return 0
     if args.quick:
         args.sizes, args.experts, args.repeats = "64x128", "8", 3
-    rows = [
-        in_process(__file__, f"--row={json.dumps([size, int(experts), dispatch, routes])}", f"--repeats={args.repeats}")
-        for size in args.sizes.split(",")
-        for experts in args.experts.split(",")
-        for dispatch in args.dispatch.split(",")
-        for routes in args.routes.split(",")
-    ]
+    allocator = {} if args.small_pages else large_page_environment()
+
+    def run(flag: str, *row: Any, python: str = sys.executable) -> Any:
+        flags = f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}"
+        return in_process(__file__, *flags, python=python, variables=allocator)
+
+    rows = []
+    for size, experts, routes in itertools.product(
+        args.sizes.split(","), map(int, args.experts.split(",")), args.routes.split(",")
+    ):
+        floors: dict[str, Any] = {}
+        for method in args.dispatch.split(","):
+            floor = "rows" if method == "dropless" else "slots"
+            if floor not in floors:
+                floors[floor] = run("row", size, experts, routes, floor)
+            row = run("row", size, experts, routes, method)
+            rows.append(row | {"floor_cpu_seconds": floors[floor]["cpu_seconds"]})
+        for peer in PEERS if args.peers else ():
+            rows.append(run("peer_row", size, experts, routes, peer, python=args.peer_python))
     report(rows, table(rows), args.json)
     return 0
 
@@ -52,24 +80,23 @@ def main() -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, with the ratios that matter, of CPU seconds."""
     lines = [
-        "| embed x mlp | experts | dispatch | routes | layer CPU s | / floor | / dense | temporary MB | / dispatched |",
+        "| embed x mlp | experts | routes | dispatch | layer CPU s | / floor | / dense | temporary MB | / dispatched |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        seconds = row["cpu_seconds"]
+        seconds, floor, temporary = row["cpu_seconds"], row.get("floor_cpu_seconds"), row.get("temporary_bytes")
         lines.append(
-            f"| {row['size']} | {row['experts']} | {row['dispatch']} | {row['routes']} | {seconds:.3f} | "
-            f"{seconds / row['floor_cpu_seconds']:.2f} | {seconds / row['dense_cpu_seconds']:.2f} | "
-            f"{row['temporary_bytes'] / 1e6:,.0f} | {row['temporary_bytes'] / row['dispatched_bytes']:.2f} |"
+            f"| {row['size']} | {row['experts']} | {row['routes']} | {row['dispatch']} | {seconds:.3f} | "
+            f"{f'{seconds / floor:.2f}' if floor else '–'} | {seconds / row['dense_cpu_seconds']:.2f} | "
+            + (f"{temporary / 1e6:,.0f} | {temporary / row['dispatched_bytes']:.2f} |" if temporary else "– | – |")
         )
     return "\n".join(lines)
 
 
-def measure(size: str, experts: int, dispatch: Any, routes: str, repeats: int) -> dict[str, Any]:
-    """One row."""
+def measure(size: str, experts: int, routes: str, what: Any, repeats: int) -> dict[str, Any]:
+    """The layer with one method of dispatch, or the floor of ``rows`` or ``slots``."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
 
     from switch_t5.layers.dense import FeedForward
@@ -77,70 +104,147 @@ def measure(size: str, experts: int, dispatch: Any, routes: str, repeats: int) -
     from switch_t5.layers.moe_config import MoEConfig
 
     emb_dim, mlp_dim = (int(part) for part in size.split("x"))
-    config = MoEConfig(experts, group_size=TOKENS, train_capacity_factor=CAPACITY_FACTOR, dispatch=dispatch)
-    layer = SwitchFeedForward(config, emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
-    dense = FeedForward(emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
-    x, router = routed_tokens(np.random.default_rng(0), emb_dim, experts, routes)
-    layer.router[...] = jnp.asarray(router)
-    capacity = layer.config.capacity(TOKENS, train=True)
-    mask, ids = jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
-    layer_graph, layer_params = nnx.split(layer)
-    dense_graph, dense_params = nnx.split(dense)
+    tokens, router, counts = routed_tokens(emb_dim, experts, routes)
+    x, mask, ids = jnp.asarray(tokens[None]), jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
+    is_floor = what in ("rows", "slots")
+    method = "gather" if is_floor else what
+    config = MoEConfig(experts, group_size=TOKENS, train_capacity_factor=CAPACITY_FACTOR, dispatch=method)
+    capacity = config.capacity(TOKENS, train=True)
+    row: dict[str, Any] = {"system": "switch_t5", "size": size, "experts": experts, "dispatch": what, "routes": routes}
 
-    def layer_loss(params: Any, x: Any) -> Any:
-        y, stats = nnx.merge(layer_graph, params)(x, mask, tokens=ids, sequences=1, train=True, rng=None)
-        return jnp.sum(y) + stats.load_balance_loss, stats.expert_load
+    dense = FeedForward(emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
+    dense_graph, dense_params = nnx.split(dense)
 
     def dense_loss(params: Any, x: Any) -> Any:
         axes = ("batch", "length", "mlp")
         return jnp.sum(nnx.merge(dense_graph, params)(x, hidden_axes=axes, dropout_rate=0.0, rng=None))
 
-    def floor(slots: Any, wi: Any, wo: Any, hidden: Any) -> Any:
-        # Each product by itself, on arrays that are there, so that nothing but products is timed.
-        into, d_into = jax.vjp(jnp.matmul, slots, wi)
-        out, d_out = jax.vjp(jnp.matmul, hidden, wo)
-        d_slots, d_wi = d_into(hidden)
-        d_hidden, d_wo = d_out(slots)
-        return into.ravel()[0], out.ravel()[0], d_slots, d_hidden.ravel()[0], d_wi, d_wo
+    def layer_program() -> tuple[Any, tuple[Any, ...]]:
+        layer = SwitchFeedForward(config, emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
+        layer.router[...] = jnp.asarray(router)
+        graph, params = nnx.split(layer)
 
-    def compiled(function: Any, *arguments: Any) -> Any:
-        return jax.jit(function).lower(*arguments).compile()
+        def layer_loss(params: Any, x: Any) -> Any:
+            y, stats = nnx.merge(graph, params)(x, mask, tokens=ids, sequences=1, train=True, rng=None)
+            return jnp.sum(y) + stats.load_balance_loss
 
-    kernels = nnx.to_pure_dict(layer_params)["experts"]
-    slots = jnp.ones((experts, capacity, emb_dim))
-    of_floor = (slots, kernels["wi"], kernels["wo"], jnp.ones((experts, capacity, mlp_dim)))
-    programs = {
-        "layer": (compiled(jax.grad(layer_loss, argnums=(0, 1), has_aux=True), layer_params, x), (layer_params, x)),
-        "dense": (compiled(jax.grad(dense_loss, argnums=(0, 1)), dense_params, x), (dense_params, x)),
-        "floor": (compiled(floor, *of_floor), of_floor),
-    }
-    _, load = programs["layer"][0](layer_params, x)
+        return compiled(jax.grad(layer_loss, argnums=(0, 1)), params, x), (params, x)
+
+    def floor_program() -> tuple[Any, tuple[Any, ...]]:
+        def pair(*leading: int) -> tuple[Any, Any]:
+            return jnp.ones((*leading, emb_dim)), jnp.ones((*leading, mlp_dim))
+
+        kernels = jnp.ones((experts, emb_dim, mlp_dim)), jnp.ones((experts, mlp_dim, emb_dim))
+        if what == "slots":
+            arrays = (*pair(experts, capacity), *kernels)
+            return compiled(products, *arrays), arrays
+        lists = [(*pair(count), *each) for count, *each in zip(counts, *kernels, strict=True)]
+        return compiled(lambda lists: [products(*each) for each in lists], lists), (lists,)
+
+    program, arguments = floor_program() if is_floor else layer_program()
+    dense_program = compiled(jax.grad(dense_loss, argnums=(0, 1)), dense_params, x)
     seconds = times(
-        {name: lambda run=run, args=args: jax.block_until_ready(run(*args)) for name, (run, args) in programs.items()},
+        {
+            what: lambda: jax.block_until_ready(program(*arguments)),
+            "dense": lambda: jax.block_until_ready(dense_program(dense_params, x)),
+        },
         repeats,
     )
-    memory = programs["layer"][0].memory_analysis()
+    memory = program.memory_analysis()
     assert memory is not None
-    return {
-        "size": size,
-        "experts": experts,
-        "dispatch": dispatch,
-        "routes": routes,
-        "cpu_seconds": seconds["layer"][1],
-        "floor_cpu_seconds": seconds["floor"][1],
+    return row | {
+        "cpu_seconds": seconds[what][1],
         "dense_cpu_seconds": seconds["dense"][1],
-        "wall_seconds": seconds["layer"][0],
+        "wall_seconds": seconds[what][0],
         "temporary_bytes": memory.temp_size_in_bytes,
-        "dispatched_bytes": 4 * experts * capacity * (emb_dim + mlp_dim),
-        "largest_load": float(np.asarray(load).max()),
+        "dispatched_bytes": 4 * (TOKENS if what == "dropless" else experts * capacity) * (emb_dim + mlp_dim),
+        "largest_load": max(counts),
     }
 
 
-def routed_tokens(random: Any, emb_dim: int, experts: int, routes: str) -> tuple[Any, Any]:
-    """Tokens ``[1, tokens, embed]`` and a router ``[embed, experts]`` that sends them as ``routes`` says."""
+def compiled(function: Any, *arguments: Any) -> Any:
+    """The program of a function on arrays like these."""
+    import jax
+
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def products(x: Any, hidden: Any, wi: Any, wo: Any) -> Any:
+    """The products of experts and nothing else, each by itself on arrays that are there."""
+    import jax
     import jax.numpy as jnp
+
+    into, d_into = jax.vjp(jnp.matmul, x, wi)
+    out, d_out = jax.vjp(jnp.matmul, hidden, wo)
+    d_x, d_wi = d_into(hidden)
+    d_hidden, d_wo = d_out(x)
+    return into.ravel()[0], out.ravel()[0], d_x, d_hidden.ravel()[0], d_wi, d_wo
+
+
+def measure_peer(size: str, experts: int, routes: str, peer: str, repeats: int) -> dict[str, Any]:
+    """The layer of DeepSpeed or Hugging Face on the same tokens, with the same router."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+    from deepspeed.moe.experts import Experts  # pyright: ignore[reportMissingImports]
+    from deepspeed.moe.sharded_moe import MOELayer, TopKGate  # pyright: ignore[reportMissingImports]
+    from transformers.models.switch_transformers import (  # pyright: ignore[reportMissingImports]
+        modeling_switch_transformers as huggingface,
+    )
+
+    emb_dim, mlp_dim = (int(part) for part in size.split("x"))
+    tokens, router, _ = routed_tokens(emb_dim, experts, routes)
+    torch.manual_seed(0)
+
+    def feed_forward() -> Any:
+        into, out = (torch.nn.Linear(a, b, bias=False) for a, b in ((emb_dim, mlp_dim), (mlp_dim, emb_dim)))
+        return torch.nn.Sequential(into, torch.nn.ReLU(), out)
+
+    def deepspeed() -> Any:
+        gate = TopKGate(emb_dim, experts, k=1, capacity_factor=CAPACITY_FACTOR, min_capacity=4, use_rts=False)
+        gate.wg.weight.data = torch.from_numpy(router.T.copy())
+        return MOELayer(gate, Experts(feed_forward(), experts), "none", 1, experts)
+
+    def huggingface_layer() -> Any:
+        config = transformers.SwitchTransformersConfig(
+            d_model=emb_dim,
+            d_ff=mlp_dim,
+            num_experts=experts,
+            expert_capacity=int(TOKENS * CAPACITY_FACTOR / experts),
+            router_jitter_noise=0.0,
+            dropout_rate=0.0,
+        )
+        layer = huggingface.SwitchTransformersSparseMLP(config)
+        layer.router.classifier.weight.data = torch.from_numpy(router.T.copy())
+        return layer
+
+    x = torch.from_numpy(tokens[None]).requires_grad_()
+
+    def step(module: Any, *more: Any) -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        loss = module(x, *more).sum()
+        (loss + getattr(module, "l_aux", 0.0)).backward()
+
+    layer, more = (deepspeed(), (None,)) if peer == "deepspeed" else (huggingface_layer(), ())
+    dense = feed_forward()
+    seconds = times({"layer": lambda: step(layer, *more), "dense": lambda: step(dense)}, repeats)
+    return {
+        "system": peer,
+        "size": size,
+        "experts": experts,
+        "dispatch": peer,
+        "routes": routes,
+        "cpu_seconds": seconds["layer"][1],
+        "dense_cpu_seconds": seconds["dense"][1],
+        "wall_seconds": seconds["layer"][0],
+    }
+
+
+def routed_tokens(emb_dim: int, experts: int, routes: str) -> tuple[Any, Any, list[int]]:
+    """Tokens ``[tokens, embed]``, a router ``[embed, experts]`` that sends them as ``routes`` says, and counts."""
     import numpy as np
 
+    random = np.random.default_rng(0)
     router = random.normal(size=(emb_dim, experts)) / np.sqrt(emb_dim)
     share = np.ones(experts) if routes == "balanced" else 1 / np.arange(1, experts + 1)
     counts = np.floor(TOKENS * share / share.sum()).astype(int)
@@ -148,7 +252,8 @@ def routed_tokens(random: Any, emb_dim: int, experts: int, routes: str) -> tuple
     chosen = random.permutation(np.repeat(np.arange(experts), counts))
     # Along its expert's column a token's logit is far above the others.
     x = random.normal(size=(TOKENS, emb_dim)) + 8 * (router / np.linalg.norm(router, axis=0)).T[chosen]
-    return jnp.asarray(x[None], jnp.float32), np.asarray(router, np.float32)
+    x, router = x.astype(np.float32), router.astype(np.float32)
+    return x, router, np.bincount(np.argmax(x @ router, axis=-1), minlength=experts).tolist()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_t5.layers.dropout import dropout, dropout_of_rows
+from switch_t5.layers.dropout import drop, dropout_mask, dropout_of_rows
+from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
-from switch_t5.partitioning.rules import constrain, is_partitioned
+from switch_t5.partitioning.rules import constrain, is_partitioned, target_platform
 from switch_t5.types import Array, Axes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -86,47 +88,22 @@ class FeedForward(nnx.Module):
           The shape and dtype of ``x``. Of experts whose hidden activations are split over devices, in
           :func:`switch_t5.partitioning.rules.per_shard`, it is this device's part of the sum.
         """
-        multiply = _matmul if sizes is None else partial(grouped_matmul, sizes=sizes)
-        hidden = None
-        for name, activation in zip(self._input_names(), self.activations, strict=True):
-            branch = ACTIVATIONS[activation](multiply(x, getattr(self, name)[...].astype(x.dtype)))
-            hidden = branch if hidden is None else hidden * branch
-        assert hidden is not None
-        if numbers is not None:
-            hidden = dropout_of_rows(hidden, dropout_rate, rng, numbers, columns="expert_mlp")
-        else:
-            # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
-            shared = None if hidden_axes[0] == "expert" else -2
-            hidden = dropout(constrain(hidden, hidden_axes), dropout_rate, rng, broadcast_dim=shared)
-        return multiply(hidden, self.wo[...].astype(x.dtype))
+        into = tuple(getattr(self, name)[...].astype(x.dtype) for name in self._input_names())
+        wo = self.wo[...].astype(x.dtype)
+        activate = partial(_activate, self.activations)
+        if sizes is not None:
+            assert numbers is not None
+            hidden = activate(None, 0.0, *(grouped_matmul(x, kernel, sizes) for kernel in into))
+            return grouped_matmul(dropout_of_rows(hidden, dropout_rate, rng, numbers, columns="expert_mlp"), wo, sizes)
+        # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
+        shared = -2 if wo.ndim == 2 else None
+        keep = dropout_mask((*x.shape[:-1], wo.shape[-2]), dropout_rate, rng, broadcast_dim=shared)
+        if wo.ndim == 3 and target_platform() == "cpu" and not is_partitioned():
+            return expert_loop(lambda keep, *branches: activate(keep, dropout_rate, *branches), x, into, wo, keep)
+        return constrain(activate(keep, dropout_rate, *(x @ kernel for kernel in into)), hidden_axes) @ wo
 
 
-def _matmul(x: Array, kernel: Array) -> Array:
-    """``x @ kernel``, so that an optimizer may write a large expert kernel in place."""
-    in_place = kernel.ndim == 3 and jax.default_backend() == "cpu" and not is_partitioned()
-    return _expert_matmul(x, kernel) if in_place else x @ kernel
-
-
-@jax.custom_vjp
-def _expert_matmul(x: Array, kernel: Array) -> Array:
-    """``[expert, tokens, embed] @ [expert, embed, mlp]`` on one device.
-
-    XLA's CPU backend copies a donated parameter unless every product that reads it comes, in the flow of data, before
-    the update that overwrites it. The gradient of ``x`` is such a product, so the kernel's gradient is made to follow
-    it: it adds zero times one of its entries. (A product that rematerialisation repeats is still read later.)
-    """
-    return x @ kernel
-
-
-def _expert_matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _expert_matmul_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    dx = dy @ jnp.swapaxes(kernel, 1, 2)
-    follows = dx[:, :1, :1]
-    return dx, jnp.swapaxes(x, 1, 2) @ dy + jnp.where(jnp.isfinite(follows), 0 * follows, 0)
-
-
-_expert_matmul.defvjp(_expert_matmul_forward, _expert_matmul_backward)
+def _activate(activations: tuple[str, ...], keep: Array | None, rate: float, *branches: Array) -> Array:
+    """The activations of the products with ``wi``, multiplied, and dropped where ``keep`` says so."""
+    hidden = math.prod(ACTIVATIONS[name](branch) for name, branch in zip(activations, branches, strict=True))
+    return drop(jnp.asarray(hidden), keep, rate)

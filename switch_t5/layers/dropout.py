@@ -18,13 +18,24 @@ def dropout(x: Array, rate: float, rng: Array | None, *, broadcast_dim: int | No
       rng: a key; None leaves ``x`` as it is (evaluation).
       broadcast_dim: the dimension along which one draw is shared; T5 shares it along the length.
     """
+    return drop(x, dropout_mask(x.shape, rate, rng, broadcast_dim=broadcast_dim), rate)
+
+
+def dropout_mask(
+    shape: tuple[int, ...], rate: float, rng: Array | None, *, broadcast_dim: int | None = None
+) -> Array | None:
+    """Which entries :func:`dropout` keeps, bool; None for all."""
     if rng is None or rate == 0:
-        return x
-    shape = list(x.shape)
+        return None
+    drawn = list(shape)
     if broadcast_dim is not None:
-        shape[broadcast_dim] = 1
-    keep = jax.random.bernoulli(rng, 1 - rate, tuple(shape))
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+        drawn[broadcast_dim] = 1
+    return jax.random.bernoulli(rng, 1 - rate, tuple(drawn))
+
+
+def drop(x: Array, keep: Array | None, rate: float) -> Array:
+    """Zeroes the entries that ``keep`` of :func:`dropout_mask` leaves out, and scales the others."""
+    return x if keep is None else jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
 def dropout_of_rows(x: Array, rate: float, rng: Array | None, numbers: Array, *, columns: str) -> Array:
@@ -45,7 +56,7 @@ def dropout_of_rows(x: Array, rate: float, rng: Array | None, numbers: Array, *,
         whole = jax.random.bernoulli(jax.random.fold_in(rng, number), 1 - rate, (width * shard_count(columns),))
         return jax.lax.dynamic_slice_in_dim(whole, shard_index(columns) * width, width)
 
-    return jnp.where(jax.vmap(keep)(numbers), x / (1 - rate), 0).astype(x.dtype)
+    return drop(x, jax.vmap(keep)(numbers), rate)
 
 
 def split_rng(rng: Array | None, count: int) -> list[Array | None]:

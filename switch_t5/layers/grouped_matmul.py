@@ -69,7 +69,11 @@ def _ragged_kernel_gradient(x: Array, dy: Array, sizes: Array) -> Array:
 
 
 def _after(dx: Array, sizes: Array) -> Array:
-    """``sizes``, in the flow of data after ``dx``: see :func:`switch_t5.layers.dense.expert_matmul`."""
+    """``sizes``, in the flow of data after ``dx``.
+
+    XLA's CPU backend copies a donated parameter unless all that reads it comes, in the flow of data, before the update
+    that overwrites it. ``dx`` is what reads the kernel last, so the kernel's gradient is made to follow it.
+    """
     first = dx[0, 0].astype(jnp.float32)
     return sizes + jnp.where(jnp.isfinite(first), 0 * first, 0).astype(sizes.dtype)
 

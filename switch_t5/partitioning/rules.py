@@ -112,6 +112,12 @@ def is_partitioned() -> bool:
     return active is not None and active[0].size > 1
 
 
+def target_platform() -> str:
+    """The platform, such as ``cpu`` or ``tpu``, of the devices that what is being traced will run on."""
+    active = _active.get() or _shard.get()
+    return jax.default_backend() if active is None else active[0].devices.flat[0].platform
+
+
 def constrain(x: Array, axes: Axes) -> Array:
     """Fixes how an activation is sharded; outside :func:`partitioned` it returns ``x`` as it is."""
     active = _active.get()
