@@ -47,10 +47,10 @@ def main() -> int:
     parser.add_argument("--peer_row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row is not None:
-        print(json.dumps(measure(*json.loads(args.row), args.repeats)))
+        print(json.dumps(measure(*json.loads(args.row), repeats=args.repeats)))
         return 0
     if args.peer_row is not None:
-        print(json.dumps(measure_peer(*json.loads(args.peer_row), args.repeats)))
+        print(json.dumps(measure_peer(*json.loads(args.peer_row), repeats=args.repeats)))
         return 0
     if args.quick:
         args.sizes, args.experts, args.repeats = "64x128", "8", 3
@@ -93,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure(size: str, experts: int, routes: str, what: Any, repeats: int) -> dict[str, Any]:
+def measure(size: str, experts: int, routes: str, what: Any, *, repeats: int) -> dict[str, Any]:
     """The layer with one method of dispatch, or the floor of ``rows`` or ``slots``."""
     import jax
     import jax.numpy as jnp
@@ -181,7 +181,7 @@ def products(x: Any, hidden: Any, wi: Any, wo: Any) -> Any:
     return into.ravel()[0], out.ravel()[0], d_x, d_hidden.ravel()[0], d_wi, d_wo
 
 
-def measure_peer(size: str, experts: int, routes: str, peer: str, repeats: int) -> dict[str, Any]:
+def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: int) -> dict[str, Any]:
     """The layer of DeepSpeed or Hugging Face on the same tokens, with the same router."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]

@@ -1,9 +1,9 @@
 """Products of consecutive rows with a matrix of their own: the experts' matmuls where no expert has a capacity.
 
-``jax.lax.ragged_dot`` computes the same, and is what runs on a TPU or GPU. XLA's CPU backend expands it into a product
-of every row with every matrix, so there the rows are multiplied in blocks: a loop over the matrices reads one where it
-lies, takes the rest of its rows in one block of the least of a few sizes that holds them, then whole blocks of the
-largest. What a block holds beyond its matrix' rows is computed and thrown away.
+``jax.lax.ragged_dot`` computes the same. Compiled for a TPU or a CPU (jax 0.10), it multiplies every row by every
+matrix; so a TPU runs JAX's megablox kernels, and on a CPU the rows are multiplied in blocks: a loop over the matrices
+reads one where it lies, takes the rest of its rows in one block of the least of a few sizes that holds them, then
+whole blocks of the largest. What a block holds beyond its matrix' rows is computed and thrown away.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from switch_t5.partitioning.rules import target_platform
 from switch_t5.types import Array
 
 _BLOCKS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of a block. A block of 1024 is as fast a row as any larger one; the smaller ones waste an eighth on average."""
+
+_TILE = (512, 512, 512)
+"""Rows, embed and mlp of a tile in a TPU's vector memory."""
 
 
 @jax.custom_vjp
@@ -35,37 +39,42 @@ def grouped_matmul(x: Array, kernel: Array, sizes: Array) -> Array:
     return _product(x, kernel, sizes)
 
 
+def _product(x: Array, kernel: Array, sizes: Array) -> Array:
+    products = {"cpu": _blocked, "tpu": _megablox}
+    return products.get(target_platform(), jax.lax.ragged_dot)(x, kernel, sizes)
+
+
 def _forward(x: Array, kernel: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     return _product(x, kernel, sizes), (x, kernel, sizes)
 
 
 def _backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, np.ndarray]:
     x, kernel, sizes = residuals
-    dx = jax.lax.platform_dependent(
-        dy, kernel, sizes, cpu=partial(_blocked, transposed=True), default=_ragged_transposed
-    )
-    d_kernel = jax.lax.platform_dependent(
-        x, dy, _after(dx, sizes), cpu=_blocked_kernel_gradient, default=_ragged_kernel_gradient
-    )
+    if target_platform() == "cpu":
+        dx = _blocked(dy, kernel, sizes, transposed=True)
+        d_kernel = _blocked_kernel_gradient(x, dy, _after(dx, sizes))
+    else:
+        dx, d_kernel = jax.vjp(lambda x, kernel: _product(x, kernel, sizes), x, kernel)[1](dy)
+        dx = _without_the_rest(dx, sizes)
     return dx, d_kernel, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _product(x: Array, kernel: Array, sizes: Array) -> Array:
-    return jax.lax.platform_dependent(x, kernel, sizes, cpu=_blocked, default=jax.lax.ragged_dot)
+def _megablox(x: Array, kernel: Array, sizes: Array, *, interpret: bool = False) -> Array:
+    """:func:`grouped_matmul` on a TPU."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # Here, for it takes long to import.
+
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, -rows % _TILE[0]), (0, 0)))
+    y = gmm(x, kernel, sizes, x.dtype, _TILE, interpret=interpret)[:rows]
+    return _without_the_rest(y, sizes)
 
 
-def _ragged_transposed(dy: Array, kernel: Array, sizes: Array) -> Array:
-    return jax.lax.ragged_dot(dy, jnp.swapaxes(kernel, 1, 2), sizes)
-
-
-def _ragged_kernel_gradient(x: Array, dy: Array, sizes: Array) -> Array:
-    rows_contract = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    return jax.lax.ragged_dot_general(x, dy, sizes, rows_contract)
+def _without_the_rest(y: Array, sizes: Array) -> Array:
+    """Zero in the rows past the sum of ``sizes``, which a TPU's kernel leaves unwritten."""
+    return jnp.where(jnp.arange(y.shape[0])[:, None] < jnp.sum(sizes), y, 0)
 
 
 def _after(dx: Array, sizes: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from switch_t5.layers import grouped_matmul as grouped_matmul_module
 from switch_t5.layers.grouped_matmul import grouped_matmul
 
 EMBED, HIDDEN, EXPERTS = 3, 5, 4
@@ -89,9 +92,27 @@ def test_an_expert_without_rows_has_a_gradient_of_exactly_zero() -> None:
     assert not np.asarray(d_kernel)[[1, 3]].any() and np.asarray(d_kernel)[[0, 2]].all()
 
 
-def test_an_accelerator_runs_ragged_products_and_a_cpu_loops() -> None:
-    shapes = (jax.ShapeDtypeStruct((64, EMBED), jnp.float32), jax.ShapeDtypeStruct((8, EMBED, HIDDEN), jnp.float32))
-    traced = jax.jit(grouped_matmul).trace(*shapes, jax.ShapeDtypeStruct((8,), jnp.int32))
-    on_tpu, on_cpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu"))
-    assert "ragged_dot" in on_tpu and "stablehlo.while" not in on_tpu
-    assert "ragged_dot" not in on_cpu and "stablehlo.while" in on_cpu
+def test_a_tpu_runs_a_kernel_of_its_own_a_gpu_ragged_products_and_a_cpu_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (jax.ShapeDtypeStruct((64, 128), jnp.float32), jax.ShapeDtypeStruct((8, 128, 128), jnp.float32))
+
+    def program(platform: str) -> str:
+        monkeypatch.setattr(grouped_matmul_module, "target_platform", lambda: platform)
+        traced = jax.jit(lambda *args: grouped_matmul(*args)).trace(*shapes, jax.ShapeDtypeStruct((8,), jnp.int32))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "tpu_custom_call" in program("tpu")
+    assert "ragged_dot" in program("cuda")
+    on_cpu = program("cpu")
+    assert "stablehlo.while" in on_cpu and "ragged_dot" not in on_cpu
+
+
+@pytest.mark.parametrize("sizes", [[20, 0, 13, 7], [0, 0, 0, 40], [10, 5, 0, 3]])
+def test_what_a_tpu_computes_is_the_same(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = operands(40)
+    monkeypatch.setattr(grouped_matmul_module, "target_platform", lambda: "tpu")
+    interpreted = functools.partial(grouped_matmul_module._megablox, interpret=True)
+    monkeypatch.setattr(grouped_matmul_module, "_megablox", interpreted)
+    x, kernel, dy = (jnp.asarray(array, jnp.float32) for array in arrays)
+    y, pull = jax.vjp(lambda x, kernel: grouped_matmul(x, kernel, jnp.asarray(sizes, jnp.int32)), x, kernel)
+    for result, expected in zip((y, *pull(dy)), in_loops(*arrays, sizes), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
