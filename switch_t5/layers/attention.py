@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,11 @@ from switch_t5.layers.parameter import parameter
 from switch_t5.partitioning.rules import constrain
 from switch_t5.types import Array
 
+Projection = Literal["query", "key", "value", "out"]
+PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "out")
+
+HEADS_AXES = ("batch", "heads", "length", "kv")
+
 MASKED = -1e10
 """Added to the logits of positions that must not be seen; exp of it is exactly 0 in float32."""
 
@@ -21,17 +26,17 @@ MASKED = -1e10
 class Attention(nnx.Module):
     """Attention of queries ``[B, Q, D]`` over keys and values ``[B, T, D]``."""
 
+    # One kernel for each of PROJECTIONS.
+    query: nnx.Param
+    key: nnx.Param
+    value: nnx.Param
+    out: nnx.Param
+
     def __init__(
         self, emb_dim: int, num_heads: int, head_dim: int, convention: Initialization, *, rngs: nnx.Rngs
     ) -> None:
-        shape, axes = (emb_dim, num_heads, head_dim), ("embed", "heads", "kv")
-        query_init = initializer("query", convention, fan_in=emb_dim, head_dim=head_dim)
-        init = initializer("attention", convention, fan_in=emb_dim)
-        self.query = parameter(rngs, query_init, shape, axes)
-        self.key = parameter(rngs, init, shape, axes)
-        self.value = parameter(rngs, init, shape, axes)
-        out_init = initializer("attention", convention, fan_in=num_heads * head_dim)
-        self.out = parameter(rngs, out_init, (num_heads, head_dim, emb_dim), ("heads", "kv", "embed"))
+        for name in PROJECTIONS:
+            setattr(self, name, projection_kernel(name, emb_dim, num_heads, head_dim, convention, rngs=rngs))
 
     def __call__(
         self,
@@ -56,19 +61,59 @@ class Attention(nnx.Module):
         Returns:
           ``[batch, query length, embed]``.
         """
-        query = self._project(queries, self.query)
-        key = self._project(memory, self.key)
-        value = self._project(memory, self.value)
-        # T5 drops a key for all queries at once, which is to drop its value.
-        value = dropout(value, dropout_rate, rng, broadcast_dim=-1)
-        context = constrain(attend(query, key, value, mask, positions), ("batch", "heads", "length", "kv"))
-        return jnp.einsum("bhqk,hkd->bqd", context, self.out[...].astype(context.dtype))
+        query = into_heads(queries, self.query)
+        key = into_heads(memory, self.key)
+        value = into_heads(memory, self.value)
+        context = attend_with_dropout(query, key, value, mask, positions, dropout_rate=dropout_rate, rng=rng)
+        return out_of_heads(context, self.out)
 
-    @staticmethod
-    def _project(x: Array, kernel: nnx.Param) -> Array:
-        """``[B, L, D]`` to ``[B, H, L, K]``."""
-        heads = jnp.einsum("bld,dhk->bhlk", x, kernel[...].astype(x.dtype))
-        return constrain(heads, ("batch", "heads", "length", "kv"))
+
+def projection_kernel(
+    name: Projection,
+    emb_dim: int,
+    num_heads: int,
+    head_dim: int,
+    convention: Initialization,
+    *,
+    num_experts: int | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Param:
+    """A projection's parameter: ``[embed, heads, kv]``, or ``[heads, kv, embed]`` for ``out``; experts' lead."""
+    expert_dims, expert_axes = ((), ()) if num_experts is None else ((num_experts,), ("expert",))
+    if name == "out":
+        init = initializer("attention", convention, fan_in=num_heads * head_dim)
+        shape, axes = (num_heads, head_dim, emb_dim), ("heads", "kv", "embed")
+    else:
+        kind = "query" if name == "query" else "attention"
+        init = initializer(kind, convention, fan_in=emb_dim, head_dim=head_dim)
+        shape, axes = (emb_dim, num_heads, head_dim), ("embed", "heads", "kv")
+    return parameter(rngs, init, (*expert_dims, *shape), (*expert_axes, *axes))
+
+
+def into_heads(x: Array, kernel: nnx.Param) -> Array:
+    """``[B, L, D]`` to ``[B, H, L, K]``."""
+    return constrain(jnp.einsum("bld,dhk->bhlk", x, kernel[...].astype(x.dtype)), HEADS_AXES)
+
+
+def out_of_heads(context: Array, kernel: nnx.Param) -> Array:
+    """``[B, H, L, K]`` to ``[B, L, D]``."""
+    return jnp.einsum("bhqk,hkd->bqd", context, kernel[...].astype(context.dtype))
+
+
+def attend_with_dropout(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    positions: Array | None,
+    *,
+    dropout_rate: float,
+    rng: Array | None,
+) -> Array:
+    """:func:`attend` with dropout of the probabilities, as T5 has it."""
+    # T5 drops a key for all queries at once, which is to drop its value.
+    value = dropout(value, dropout_rate, rng, broadcast_dim=-1)
+    return constrain(attend(query, key, value, mask, positions), HEADS_AXES)
 
 
 @jax.custom_vjp

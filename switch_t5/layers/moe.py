@@ -9,7 +9,7 @@ one they are sorted by expert, and every device works on what its own experts ar
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,21 @@ from switch_t5.routing.dispatch import combine_rows, dispatch_rows, dispatcher
 from switch_t5.routing.router import Routing, route, route_without_logits
 from switch_t5.types import Array
 
-TOKEN_AXES = ("batch", None, "embed")
+TOKEN_AXES = ("batch", None)
 CHOICE_AXES = ("batch", None, None)
-DISPATCHED_AXES = ("batch", None, None, "embed")
-EXPERT_AXES = ("expert", "expert_batch", None, "embed")
+DISPATCHED_AXES = ("batch", None, None)
+EXPERT_AXES = ("expert", "expert_batch", None)
 
 
 class SparseLayer(nnx.Module):
-    """A router before experts that a subclass makes: ``experts``, and ``shared_experts`` where there are any."""
+    """A router before experts that a subclass makes: ``experts``, and ``shared_experts`` where there are any.
 
+    ``in_axis`` and ``out_axis`` name what an expert takes and gives, ``summed_axis`` what its last product sums over.
+    """
+
+    in_axis: ClassVar[str] = "embed"
+    summed_axis: ClassVar[str] = "expert_mlp"
+    out_axis: ClassVar[str] = "embed"
     experts: Any
     shared_experts: Any
 
@@ -73,7 +79,7 @@ class SparseLayer(nnx.Module):
         batch, length, emb_dim = x.shape
         groups, size = group_shape(batch, length, self.config.group_size, sequences)
         input_rng, choice_rng, dropout_rng, shared_rng = self._rngs(rng)
-        x = constrain(x.reshape(groups, size, emb_dim), TOKEN_AXES)
+        x = constrain(x.reshape(groups, size, emb_dim), (*TOKEN_AXES, self.in_axis))
         real, tokens = mask.reshape(groups, size), tokens.reshape(groups, size)
         if self.config.padding == "zeroed":
             x = jnp.where(real[..., None], x, 0)
@@ -137,18 +143,18 @@ class SparseLayer(nnx.Module):
     def _apply_to_slots(self, x: Array, assignment: Assignment, rng: Array | None) -> Array:
         """``[G, S, D]`` to ``[G, S, out]``, through slots ``[E, G, C, D]`` sharded by expert."""
         method = dispatcher(self.config.dispatch)
-        dispatched = constrain(method.dispatch(x, assignment), DISPATCHED_AXES)
+        dispatched = constrain(method.dispatch(x, assignment), (*DISPATCHED_AXES, self.in_axis))
         groups, experts, capacity, emb_dim = dispatched.shape
-        by_expert = constrain(jnp.swapaxes(dispatched, 0, 1), EXPERT_AXES)
+        by_expert = constrain(jnp.swapaxes(dispatched, 0, 1), (*EXPERT_AXES, self.in_axis))
         outputs = self.experts(
             by_expert.reshape(experts, groups * capacity, emb_dim),
             hidden_axes=("expert", "expert_batch", "expert_mlp"),
             dropout_rate=self.config.expert_dropout_rate,
             rng=rng,
         )
-        outputs = constrain(outputs.reshape(experts, groups, capacity, -1), EXPERT_AXES)
-        outputs = constrain(jnp.swapaxes(outputs, 0, 1), DISPATCHED_AXES)
-        return constrain(method.combine(outputs, assignment), TOKEN_AXES)
+        outputs = constrain(outputs.reshape(experts, groups, capacity, -1), (*EXPERT_AXES, self.out_axis))
+        outputs = constrain(jnp.swapaxes(outputs, 0, 1), (*DISPATCHED_AXES, self.out_axis))
+        return constrain(method.combine(outputs, assignment), (*TOKEN_AXES, self.out_axis))
 
     def _apply_to_rows(self, x: Array, choices: Choices, rng: Array | None) -> Array:
         """``[G, S, D]`` to ``[G, S, out]`` without capacity.
@@ -174,10 +180,11 @@ class SparseLayer(nnx.Module):
                 rng=rng,
             )
             combined = combine_rows(outputs, weight, order).reshape(groups, size, -1)
-            return sum_shards(combined, scatter="expert", over="expert_mlp")
+            return sum_shards(combined, scatter="expert", over=self.summed_axis)
 
-        in_axes = (parameter_axes(params), TOKEN_AXES, CHOICE_AXES, CHOICE_AXES, None)
-        return per_shard(on_a_shard, in_axes, TOKEN_AXES)(params, x, choices.expert, choices.weight, rng)
+        token_axes, out_axes = (*TOKEN_AXES, self.in_axis), (*TOKEN_AXES, self.out_axis)
+        in_axes = (parameter_axes(params), token_axes, CHOICE_AXES, CHOICE_AXES, None)
+        return per_shard(on_a_shard, in_axes, out_axes)(params, x, choices.expert, choices.weight, rng)
 
 
 class SwitchFeedForward(SparseLayer):
