@@ -208,19 +208,19 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
             f"is {batch}, which {microbatches} microbatch(es) x {shards} batch shards do not divide; the nearest "
             f"that they do is {nearest}.",
         )
-    moe = spec.transformer.moe
-    if moe is None:
+    group_size = spec.transformer.group_size
+    if group_size is None:
         return
     _check_expert_partitions(spec)
-    if moe.group_size == "sequence":
+    if group_size == "sequence":
         return
     length = spec.data.task_feature_lengths["inputs"]
-    sequences, share = sequences_per_group(moe.group_size, length), batch // (microbatches * shards)
+    sequences, share = sequences_per_group(group_size, length), batch // (microbatches * shards)
     for feature, tokens in spec.data.task_feature_lengths.items():
-        if tokens > moe.group_size and 2 * group_shape(1, tokens, moe.group_size, 1)[1] < moe.group_size:
+        if tokens > group_size and 2 * group_shape(1, tokens, group_size, 1)[1] < group_size:
             raise ConfigError(
                 "MoEConfig.group_size",
-                f"is {moe.group_size}, but {tokens} tokens of {feature} have no divisor near it; set it to {tokens}, "
+                f"is {group_size}, but {tokens} tokens of {feature} have no divisor near it; set it to {tokens}, "
                 "or choose another length.",
             )
     # A group larger than a device's share would depend on the mesh, and so would the result.
@@ -228,7 +228,7 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
         fitting = max(divisor for divisor in range(1, sequences + 1) if share % divisor == 0)
         raise ConfigError(
             "MoEConfig.group_size",
-            f"is {moe.group_size}, {sequences} sequences of {length} tokens, which do not divide a device's share of a "
+            f"is {group_size}, {sequences} sequences of {length} tokens, which do not divide a device's share of a "
             f"microbatch, {share} sequence(s); set it to {fitting * length}.",
         )
 
@@ -237,11 +237,9 @@ def _check_expert_partitions(spec: RunSpec) -> None:
     transformer, partitions = spec.transformer, spec.mesh.num_expert_partitions
     experts = {
         stack: moe.num_experts
-        for stack, moe, pattern in (
-            ("encoder", transformer.moe_of(decoder=False), transformer.encoder_pattern),
-            ("decoder", transformer.moe_of(decoder=True), transformer.decoder_pattern),
-        )
-        if moe is not None and any(pattern)
+        for stack in ("encoder", "decoder")
+        # All sparse layers of a stack have as many experts.
+        for moe in transformer.sparse_configs(decoder=stack == "decoder")
     }
     for stack, count in experts.items():
         if count % partitions:

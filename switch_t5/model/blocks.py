@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import cast
 
 import jax
 from flax import nnx
 
-from switch_t5.layers.attention import Attention
+from switch_t5.layers.attention import Attention, Projection
 from switch_t5.layers.dense import FeedForward
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.normalization import RMSNorm
+from switch_t5.layers.switch_attention import SPARSE_PROJECTIONS, SwitchAttention
 from switch_t5.model.config import TransformerConfig
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array
 
 RESIDUAL_AXES = ("batch", "length", "embed")
+
+SPARSE_LAYERS = (*(("self_attention", name) for name in SPARSE_PROJECTIONS), ("mlp",))
+"""Where in a block's parameters its sparse layers are, in the order of their statistics."""
 
 
 @partial(
@@ -52,18 +57,26 @@ class BlockInputs:
 
 
 class Block(nnx.Module):
-    """Self-attention, in a decoder cross-attention, then a dense or sparse feed-forward."""
+    """Self-attention, in a decoder cross-attention, then a feed-forward; the first and the last dense or sparse."""
 
-    def __init__(self, config: TransformerConfig, *, sparse: bool, decoder: bool, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, sparse: bool, decoder: bool, rngs: nnx.Rngs, sparse_attention: bool = False
+    ) -> None:
         self.config, self.sparse, self.decoder = config, sparse, decoder
-        attention = partial(
-            Attention, config.emb_dim, config.num_heads, config.head_dim, config.initialization, rngs=rngs
-        )
+        attention_sizes = (config.emb_dim, config.num_heads, config.head_dim, config.initialization)
         self.self_attention_norm = RMSNorm(config.emb_dim, rngs=rngs)
-        self.self_attention = attention()
+        if sparse_attention:
+            assert config.attention_moe is not None
+            projections = cast("tuple[Projection, ...]", config.attention_sparse_projections)
+            dtype = config.attention_expert_dtype
+            self.self_attention = SwitchAttention(
+                config.attention_moe, projections, *attention_sizes, expert_dtype=dtype, rngs=rngs
+            )
+        else:
+            self.self_attention = Attention(*attention_sizes, rngs=rngs)
         if decoder:
             self.cross_attention_norm = RMSNorm(config.emb_dim, rngs=rngs)
-            self.cross_attention = attention()
+            self.cross_attention = Attention(*attention_sizes, rngs=rngs)
         self.mlp_norm = RMSNorm(config.emb_dim, rngs=rngs)
         sizes = (config.emb_dim, config.mlp_dim, config.mlp_activations, config.initialization)
         if sparse:
@@ -73,13 +86,12 @@ class Block(nnx.Module):
         else:
             self.mlp = FeedForward(*sizes, rngs=rngs)
 
-    def __call__(self, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
-        """``[batch, length, embed]`` to the same, and the router's statistics where the block is sparse."""
+    def __call__(self, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, tuple[RouterStats, ...]]:
+        """``[batch, length, embed]`` to the same, and each router's statistics, in the order of SPARSE_LAYERS."""
         rate = self.config.dropout_rate
         attention_rng, cross_rng, mlp_rng, *residual_rngs = split_rng(rng, 6)
 
-        y = self.self_attention_norm(x)
-        y = self.self_attention(y, y, inputs.self_mask, inputs.positions, dropout_rate=rate, rng=attention_rng)
+        y, attention_stats = self._attend_to_self(self.self_attention_norm(x), inputs, attention_rng)
         x = constrain(x + dropout(y, rate, residual_rngs[0]), RESIDUAL_AXES)
 
         if self.decoder:
@@ -88,13 +100,32 @@ class Block(nnx.Module):
             y = self.cross_attention(y, inputs.encoded, inputs.cross_mask, None, dropout_rate=rate, rng=cross_rng)
             x = constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES)
 
-        y, stats = self._feed_forward(self.mlp_norm(x), inputs, mlp_rng)
-        return constrain(x + dropout(y, rate, residual_rngs[2]), RESIDUAL_AXES), stats
+        y, mlp_stats = self._feed_forward(self.mlp_norm(x), inputs, mlp_rng)
+        return constrain(x + dropout(y, rate, residual_rngs[2]), RESIDUAL_AXES), (*attention_stats, *mlp_stats)
 
-    def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
+    def _attend_to_self(
+        self, y: Array, inputs: BlockInputs, rng: Array | None
+    ) -> tuple[Array, tuple[RouterStats, ...]]:
+        rate = self.config.dropout_rate
+        if isinstance(self.self_attention, SwitchAttention):
+            return self.self_attention(
+                y,
+                inputs.self_mask,
+                inputs.positions,
+                real=inputs.mask,
+                tokens=inputs.tokens,
+                sequences=inputs.sequences,
+                train=inputs.train,
+                dropout_rate=rate,
+                rng=rng,
+            )
+        return self.self_attention(y, y, inputs.self_mask, inputs.positions, dropout_rate=rate, rng=rng), ()
+
+    def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, tuple[RouterStats, ...]]:
         if isinstance(self.mlp, SwitchFeedForward):
-            return self.mlp(
+            y, stats = self.mlp(
                 y, inputs.mask, tokens=inputs.tokens, sequences=inputs.sequences, train=inputs.train, rng=rng
             )
+            return y, (stats,)
         axes = ("batch", "length", "mlp")
-        return self.mlp(y, hidden_axes=axes, dropout_rate=self.config.dropout_rate, rng=rng), None
+        return self.mlp(y, hidden_axes=axes, dropout_rate=self.config.dropout_rate, rng=rng), ()

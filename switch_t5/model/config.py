@@ -7,10 +7,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from switch_t5.errors import ConfigError, check_types
+from switch_t5.errors import ConfigError, check_types, closest
+from switch_t5.layers.attention import PROJECTIONS
 from switch_t5.layers.initializers import Initialization
 from switch_t5.layers.moe_config import MoEConfig
-from switch_t5.routing.capacity import sequences_per_group
+from switch_t5.layers.switch_attention import ExpertDtype
+from switch_t5.routing.capacity import GroupSize, sequences_per_group
 
 LayerLayout = int | str | tuple[int, ...]
 
@@ -42,6 +44,12 @@ class TransformerConfig:
       decoder_moe: the decoder's, where they differ from the encoder's; ``group_size`` is one for both.
       encoder_sparse_layers: which encoder blocks are sparse, see :func:`sparse_layers`.
       decoder_sparse_layers: the same for the decoder.
+      attention_moe: the sparse projections of self-attention, see :mod:`switch_t5.layers.switch_attention`. Where a
+        stack has sparse feed-forwards too, both have as many experts, groups of one size, and treat padding alike.
+      attention_sparse_projections: which projections are sparse: of ``query``, ``key``, ``value`` and ``out``.
+      attention_expert_dtype: of the matrix multiplications of the sparse projections, whatever ``dtype`` is.
+      encoder_sparse_attention: the encoder blocks with sparse self-attention, as ``encoder_sparse_layers``.
+      decoder_sparse_attention: the same for the decoder.
     """
 
     vocab_size: int
@@ -64,9 +72,15 @@ class TransformerConfig:
     decoder_moe: MoEConfig | None = None
     encoder_sparse_layers: LayerLayout = 2
     decoder_sparse_layers: LayerLayout = 2
+    attention_moe: MoEConfig | None = None
+    attention_sparse_projections: tuple[str, ...] = ("query", "key", "value")
+    attention_expert_dtype: ExpertDtype = "float32"
+    encoder_sparse_attention: LayerLayout = "none"
+    decoder_sparse_attention: LayerLayout = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        for field in ("mlp_activations", "attention_sparse_projections"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         check_types(self)
         for field in (
             "vocab_size",
@@ -97,59 +111,143 @@ class TransformerConfig:
                 f"must be above half of relpos_num_buckets, {self.relpos_num_buckets // 2}, got "
                 f"{self.relpos_max_distance}.",
             )
-        _ = self.encoder_pattern
-        if any(self.decoder_pattern):
-            self._check_decoder()
+        self._check_attention()
+        for decoder in (False, True):
+            self._check_sparse_layers(decoder=decoder)
 
     @property
     def activation_dtype(self) -> jnp.dtype:
         """The dtype of activations."""
         return jnp.dtype(self.dtype)
 
-    def _check_decoder(self) -> None:
-        moe = self.moe_of(decoder=True)
-        assert self.moe is not None and moe is not None
-        if moe.group_size != self.moe.group_size:
+    def _check_attention(self) -> None:
+        projections = self.attention_sparse_projections
+        for name in projections:
+            if name not in PROJECTIONS:
+                raise ConfigError(
+                    "TransformerConfig.attention_sparse_projections",
+                    f"must be some of 'query', 'key', 'value', 'out', got {name!r}.{closest(name, PROJECTIONS)}",
+                )
+        if not projections or len(set(projections)) < len(projections):
             raise ConfigError(
-                "TransformerConfig.decoder_moe",
-                f"has group_size {moe.group_size}, but both stacks group the same sequences: give it the encoder's, "
-                f"{self.moe.group_size}.",
+                "TransformerConfig.attention_sparse_projections",
+                f"must be some of 'query', 'key', 'value', 'out', each once, got {projections}.",
             )
-        router = moe.router
-        if router.sees_future_tokens and not router.allow_future_tokens:
-            what = "batch_prioritized" if router.batch_prioritized else f"the router {router.router!r}"
+        patterns = (self.encoder_attention_pattern, self.decoder_attention_pattern)
+        if self.attention_moe is None:
+            return
+        if not any(map(any, patterns)):
             raise ConfigError(
-                "RouterConfig.router" if not router.batch_prioritized else "RouterConfig.batch_prioritized",
-                f"cannot serve a decoder: {what} chooses a token's experts by later tokens, which leaks the future "
-                "into training and has no meaning in decoding; give TransformerConfig.decoder_moe another router, or "
-                "set RouterConfig.allow_future_tokens = True.",
+                "TransformerConfig.attention_moe",
+                "has no effect: no block has sparse attention; set TransformerConfig.encoder_sparse_attention or "
+                "decoder_sparse_attention, or attention_moe = None.",
             )
+        for field in ("num_shared_experts", "expert_dropout_rate"):
+            if value := getattr(self.attention_moe, field):
+                raise ConfigError(
+                    "TransformerConfig.attention_moe",
+                    f"has {field} {value}, which is of feed-forward experts, and those of attention are single "
+                    f"matrices: set it to 0, where attention_moe = @attention/MoEConfig() by "
+                    f"attention/MoEConfig.{field} = 0.",
+                )
+
+    def _check_sparse_layers(self, *, decoder: bool) -> None:
+        """Checks that one stack's sparse layers fit together, and that a decoder's see no later token."""
+        configs = self.sparse_configs(decoder=decoder)
+        stack = "decoder" if decoder else "encoder"
+        for config in configs:
+            field = "attention_moe" if config is self.attention_moe else "decoder_moe"
+            if config.group_size != self.group_size:
+                whose = "the encoder's" if field == "decoder_moe" else "that of TransformerConfig.moe"
+                raise ConfigError(
+                    f"TransformerConfig.{field}",
+                    f"has group_size {config.group_size}, but all sparse layers of both stacks group the same "
+                    f"sequences: give it {whose}, {self.group_size}.",
+                )
+            if decoder:
+                _check_causal(config, field)
+        for field in ("num_experts", "padding"):
+            values = [getattr(config, field) for config in configs]
+            if len(set(values)) > 1:
+                raise ConfigError(
+                    "TransformerConfig.attention_moe",
+                    f"has {field} {values[1]!r} and the {stack}'s sparse feed-forwards {values[0]!r}, but their "
+                    "statistics are kept together: give both the same.",
+                )
 
     def moe_of(self, *, decoder: bool) -> MoEConfig | None:
-        """The sparse layers of one stack; None for a dense model."""
+        """The sparse feed-forwards of one stack; None where the model has none."""
         return self.decoder_moe if decoder and self.decoder_moe is not None else self.moe
+
+    def sparse_configs(self, *, decoder: bool) -> tuple[MoEConfig, ...]:
+        """What the blocks of one stack have of sparse layers: feed-forwards, then attention; empty for dense blocks."""
+        feed_forward, attention = (
+            (self.decoder_pattern, self.decoder_attention_pattern)
+            if decoder
+            else (self.encoder_pattern, self.encoder_attention_pattern)
+        )
+        kinds = ((self.moe_of(decoder=decoder), feed_forward), (self.attention_moe, attention))
+        return tuple(config for config, pattern in kinds if config is not None and any(pattern))
+
+    @property
+    def group_size(self) -> GroupSize | None:
+        """Encoder tokens routed together, in all sparse layers; None for a dense model."""
+        config = self.attention_moe if self.moe is None else self.moe
+        return None if config is None else config.group_size
 
     def sequences_per_group(self, encoder_length: int) -> int:
         """Sequences in a routing group, of both stacks; 1 for a dense model."""
-        return 1 if self.moe is None else sequences_per_group(self.moe.group_size, encoder_length)
+        return 1 if self.group_size is None else sequences_per_group(self.group_size, encoder_length)
 
     @property
     def encoder_pattern(self) -> tuple[bool, ...]:
-        """For each encoder block, whether it is sparse."""
-        return self._pattern("encoder_sparse_layers", self.num_encoder_layers)
+        """For each encoder block, whether its feed-forward is sparse."""
+        return self._pattern("encoder_sparse_layers", self.num_encoder_layers, self.moe)
 
     @property
     def decoder_pattern(self) -> tuple[bool, ...]:
-        """For each decoder block, whether it is sparse."""
-        return self._pattern("decoder_sparse_layers", self.num_decoder_layers)
+        """For each decoder block, whether its feed-forward is sparse."""
+        return self._pattern("decoder_sparse_layers", self.num_decoder_layers, self.moe)
 
-    def _pattern(self, field: str, num_layers: int) -> tuple[bool, ...]:
-        if self.moe is None:
+    @property
+    def encoder_attention_pattern(self) -> tuple[bool, ...]:
+        """For each encoder block, whether its self-attention is sparse."""
+        return self._attention_pattern("encoder_sparse_attention", self.num_encoder_layers)
+
+    @property
+    def decoder_attention_pattern(self) -> tuple[bool, ...]:
+        """For each decoder block, whether its self-attention is sparse."""
+        return self._attention_pattern("decoder_sparse_attention", self.num_decoder_layers)
+
+    def _attention_pattern(self, field: str, num_layers: int) -> tuple[bool, ...]:
+        layout = getattr(self, field)
+        if self.attention_moe is None and layout not in ("none", (), []):
+            raise ConfigError(
+                "TransformerConfig.attention_moe",
+                f"is missing, but {field} is {layout!r}: give attention_moe = @MoEConfig(), or {field} = 'none'.",
+            )
+        return self._pattern(field, num_layers, self.attention_moe)
+
+    def _pattern(self, field: str, num_layers: int, moe: MoEConfig | None) -> tuple[bool, ...]:
+        if moe is None:
             return (False,) * num_layers
         try:
             return sparse_layers(getattr(self, field), num_layers)
         except ValueError as error:
             raise ConfigError(f"TransformerConfig.{field}", str(error)) from None
+
+
+def _check_causal(config: MoEConfig, field: str) -> None:
+    router = config.router
+    if router.sees_future_tokens and not router.allow_future_tokens:
+        what = "batch_prioritized" if router.batch_prioritized else f"the router {router.router!r}"
+        other = "another attention_moe" if field == "attention_moe" else "TransformerConfig.decoder_moe another router"
+        raise ConfigError(
+            "RouterConfig.router" if not router.batch_prioritized else "RouterConfig.batch_prioritized",
+            f"cannot serve a decoder: {what} chooses a token's experts by later tokens, which leaks the future "
+            f"into training and has no meaning in decoding; give {other}, or "
+            "set RouterConfig.allow_future_tokens = True.",
+        )
 
 
 def sparse_layers(layout: LayerLayout, num_layers: int) -> tuple[bool, ...]:

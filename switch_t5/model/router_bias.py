@@ -7,9 +7,11 @@ it only orders a token's choices. After each step an expert that got more than i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
+from switch_t5.model.blocks import SPARSE_LAYERS
 from switch_t5.model.config import TransformerConfig
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array, Params
@@ -27,23 +29,39 @@ def update_router_biases(params: Params, stats: Mapping[str, RouterStats], confi
     """
     updated = dict(params)
     for stack, layers in stats.items():
-        moe = config.moe_of(decoder=stack == "decoder")
-        if moe is None or not moe.router.has_bias:
-            continue
-        blocks = dict(params[stack]["stack"]["blocks"])
-        names = sorted((name for name in blocks if _NAME in blocks[name]["mlp"]), key=_index)
+        configs = {"self_attention": config.attention_moe, "mlp": config.moe_of(decoder=stack == "decoder")}
+        blocks = params[stack]["stack"]["blocks"]
+        places = [
+            (name, *inner) for name in sorted(blocks, key=_index) for inner in SPARSE_LAYERS if _at(blocks[name], inner)
+        ]
         # Scanned blocks carry a leading axis over repeats of the period, of which a name is one block.
-        load = layers.expert_load.reshape(-1, len(names), moe.num_experts)
-        for place, name in enumerate(names):
-            mlp = blocks[name]["mlp"]
-            bias = _moved(mlp[_NAME], load[:, place].reshape(mlp[_NAME].shape), moe.router.bias_update_rate)
-            blocks[name] = {**blocks[name], "mlp": {**mlp, _NAME: bias}}
-        updated[stack] = {**updated[stack], "stack": {**updated[stack]["stack"], "blocks": blocks}}
+        load = layers.expert_load.reshape(-1, len(places), layers.expert_load.shape[-1])
+        for number, place in enumerate(places):
+            layer, moe = _at(blocks, place), configs[place[1]]
+            if layer is not None and _NAME in layer and moe is not None:
+                bias = layer[_NAME]
+                moved = _moved(bias, load[:, number].reshape(bias.shape), moe.router.bias_update_rate)
+                updated = _with(updated, (stack, "stack", "blocks", *place, _NAME), moved)
     return updated
 
 
 def _index(block: str) -> int:
     return int(block.rsplit("_", 1)[1])
+
+
+def _at(params: Any, path: tuple[str, ...]) -> Params | None:
+    """The sparse layer at a path; None where there is none."""
+    for name in path:
+        if not isinstance(params, Mapping) or name not in params:
+            return None
+        params = params[name]
+    return dict(params) if isinstance(params, Mapping) and "experts" in params else None
+
+
+def _with(params: Params, path: tuple[str, ...], value: Array) -> Params:
+    """A copy with another value at a path."""
+    name, *rest = path
+    return {**params, name: _with(params[name], tuple(rest), value) if rest else value}
 
 
 def _moved(bias: Array, load: Array, rate: float) -> Array:

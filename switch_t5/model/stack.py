@@ -7,6 +7,8 @@ and compute the same function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,33 +19,39 @@ from switch_t5.model.config import TransformerConfig
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array
 
+Pattern = tuple[tuple[bool, bool], ...]
+"""For each block, whether its self-attention and whether its feed-forward is sparse."""
+
 
 class Period(nnx.Module):
     """The blocks of one period of the layer pattern, named ``layers_0``, ``layers_1``, ..."""
 
-    def __init__(self, config: TransformerConfig, pattern: tuple[bool, ...], decoder: bool, keys: Array) -> None:
+    def __init__(self, config: TransformerConfig, pattern: Pattern, decoder: bool, keys: Array) -> None:
         self.num_blocks = len(pattern)
-        for index, sparse in enumerate(pattern):
-            block = Block(config, sparse=sparse, decoder=decoder, rngs=nnx.Rngs(params=keys[index]))
+        for index, (sparse_attention, sparse) in enumerate(pattern):
+            rngs = nnx.Rngs(params=keys[index])
+            block = Block(config, sparse=sparse, decoder=decoder, rngs=rngs, sparse_attention=sparse_attention)
             setattr(self, f"layers_{index}", block)
 
     def __call__(
         self, x: Array, inputs: BlockInputs, rngs: list[Array | None], remat: bool
     ) -> tuple[Array, RouterStats | None]:
-        """Applies the blocks in turn; statistics are stacked over the sparse ones."""
-        stats = []
+        """Applies the blocks in turn; statistics are stacked over their sparse layers, block by block."""
+        stats: list[RouterStats] = []
         for index, rng in enumerate(rngs):
             x, block_stats = _apply(getattr(self, f"layers_{index}"), x, inputs, rng, remat)
-            stats += [] if block_stats is None else [block_stats]
+            stats += block_stats
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats) if stats else None
 
 
 def _apply(
     block: Block, x: Array, inputs: BlockInputs, rng: Array | None, remat: bool
-) -> tuple[Array, RouterStats | None]:
+) -> tuple[Array, tuple[RouterStats, ...]]:
     graph, params = nnx.split(block)
 
-    def call(params: nnx.State, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:
+    def call(
+        params: nnx.State, x: Array, inputs: BlockInputs, rng: Array | None
+    ) -> tuple[Array, tuple[RouterStats, ...]]:
         return nnx.merge(graph, params)(x, inputs, rng)
 
     return (jax.checkpoint(call) if remat else call)(params, x, inputs, rng)
@@ -52,9 +60,27 @@ def _apply(
 class Stack(nnx.Module):
     """All blocks of an encoder or decoder, in ``blocks``."""
 
-    def __init__(self, config: TransformerConfig, pattern: tuple[bool, ...], *, decoder: bool, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        sparse: tuple[bool, ...],
+        sparse_attention: tuple[bool, ...] | None = None,
+        *,
+        decoder: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the blocks.
+
+        Args:
+          config: their numbers.
+          sparse: for each block whether its feed-forward is sparse.
+          sparse_attention: the same of its self-attention; None for nowhere.
+          decoder: whether the blocks have cross-attention.
+          rngs: for the parameters.
+        """
         self.config = config
-        self.num_layers = len(pattern)
+        self.num_layers = len(sparse)
+        pattern = tuple(zip(sparse_attention or (False,) * len(sparse), sparse, strict=True))
         self.period = shortest_period(pattern) if config.scan_layers else len(pattern)
         keys = jax.random.split(rngs.params(), len(pattern))
 
@@ -76,7 +102,7 @@ class Stack(nnx.Module):
 
         Returns:
           ``[batch, length, embed]``, and statistics with a leading axis over sparse layers (None if there
-          are none).
+          are none): block by block, and in a block in the order of :data:`switch_t5.model.blocks.SPARSE_LAYERS`.
         """
         if self.period == self.num_layers:
             return self.blocks(x, inputs, split_rng(rng, self.num_layers), self.config.remat)
@@ -93,7 +119,7 @@ class Stack(nnx.Module):
         return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
 
 
-def shortest_period(pattern: tuple[bool, ...]) -> int:
+def shortest_period(pattern: tuple[Any, ...]) -> int:
     """The length of the shortest pattern whose repetition is the whole: 2 for dense, sparse, dense, sparse."""
     return next(
         period

@@ -53,8 +53,11 @@ class Coder(nnx.Module):
             config.initialization,
             rngs=rngs,
         )
-        pattern = config.decoder_pattern if decoder else config.encoder_pattern
-        self.stack = Stack(config, pattern, decoder=decoder, rngs=rngs)
+        if decoder:
+            patterns = (config.decoder_pattern, config.decoder_attention_pattern)
+        else:
+            patterns = (config.encoder_pattern, config.encoder_attention_pattern)
+        self.stack = Stack(config, *patterns, decoder=decoder, rngs=rngs)
         self.norm = RMSNorm(config.emb_dim, rngs=rngs)
 
     def __call__(self, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:

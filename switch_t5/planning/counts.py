@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 
+from switch_t5.layers.attention import Projection
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.layers.switch_attention import routed_together
 from switch_t5.model.config import TransformerConfig
 from switch_t5.routing.capacity import group_shape, sequences_per_group
 
@@ -29,7 +31,9 @@ def active_parameter_count(config: TransformerConfig, abstract_params: Any, axes
     def active(path: jax.tree_util.KeyPath, leaf: Any, leaf_axes: tuple[str | None, ...]) -> int:
         if "expert" not in leaf_axes:
             return math.prod(leaf.shape)
-        moe = config.moe_of(decoder=jax.tree_util.keystr(path[:1], simple=True) == "decoder")
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        is_attention = "self_attention" in names
+        moe = config.attention_moe if is_attention else config.moe_of(decoder=names[0] == "decoder")
         assert moe is not None
         return math.prod(leaf.shape) // moe.num_experts * moe.router.experts_per_token
 
@@ -42,14 +46,27 @@ def forward_flops(
     """Floating-point operations of the matrix multiplications of one forward pass; a multiply-add is two.
 
     A training step takes three times as many. Experts count with all their slots, filled or not, for that is
-    what is multiplied.
+    what is multiplied; without capacity, with a row for each choice of a token, padding too.
     """
     c, width = config, config.num_heads * config.head_dim
     matrices = len(c.mlp_activations) + 1
 
     def attention(queries: int, keys: int) -> int:
         projections = 2 * c.emb_dim * width * (2 * queries + 2 * keys)
-        return projections + 2 * 2 * queries * keys * width
+        return batch * (projections + 2 * 2 * queries * keys * width)
+
+    def self_attention(length: int, sparse: bool) -> int:
+        total, moe = attention(length, length), c.attention_moe
+        if not sparse:
+            return total
+        assert moe is not None
+        slots = _slots(moe, batch, length, c.sequences_per_group(encoder_length), train)
+        sparse_projections = cast("tuple[Projection, ...]", c.attention_sparse_projections)
+        for names in routed_together(sparse_projections):
+            total += len(names) * 2 * c.emb_dim * width * (slots - batch * length)
+            router_input = width if names == ("out",) else c.emb_dim
+            total += 2 * router_input * moe.num_experts * batch * length * moe.router.has_kernel
+        return total
 
     def feed_forward(length: int, sparse: bool, *, decoder: bool) -> int:
         tokens = batch * length
@@ -62,14 +79,17 @@ def forward_flops(
         return router + 2 * matrices * c.emb_dim * c.mlp_dim * (slots + moe.num_shared_experts * tokens)
 
     total = 2 * batch * decoder_length * c.emb_dim * c.vocab_size
-    for sparse in c.encoder_pattern:
-        total += batch * attention(encoder_length, encoder_length) + feed_forward(encoder_length, sparse, decoder=False)
-    for sparse in c.decoder_pattern:
-        total += batch * attention(decoder_length, decoder_length) + feed_forward(decoder_length, sparse, decoder=True)
-        total += batch * attention(decoder_length, encoder_length)
+    for sparse, sparse_attention in zip(c.encoder_pattern, c.encoder_attention_pattern, strict=True):
+        total += self_attention(encoder_length, sparse_attention)
+        total += feed_forward(encoder_length, sparse, decoder=False)
+    for sparse, sparse_attention in zip(c.decoder_pattern, c.decoder_attention_pattern, strict=True):
+        total += self_attention(decoder_length, sparse_attention)
+        total += attention(decoder_length, encoder_length) + feed_forward(decoder_length, sparse, decoder=True)
     return total
 
 
 def _slots(moe: MoEConfig, batch: int, length: int, sequences: int, train: bool) -> int:
+    if moe.dispatch == "dropless":
+        return batch * length * moe.router.experts_per_token
     groups, tokens = group_shape(batch, length, moe.group_size, sequences)
     return groups * moe.capacity(tokens, train) * moe.num_experts

@@ -32,7 +32,7 @@ class LossConfig:
       load_loss_weight: weight of the load loss (Shazeer et al. 2017); its router needs gaussian exploration.
       sparse_layer_reduction: the router's losses are summed over sparse layers (``sum``, the paper and Mesh
         TensorFlow), averaged (``mean``, T5X), or averaged over those of each stack and then added
-        (``stack_mean``, Hugging Face).
+        (``stack_mean``, Hugging Face). Each router of a sparse attention is a layer.
       loss_normalizing_factor: what the summed cross-entropy is divided by: ``num_real_target_tokens``,
         ``num_total_target_tokens`` (padding counted) or a number.
     """
@@ -101,7 +101,8 @@ def batch_totals(batch: Batch, config: LossConfig, model: TransformerConfig) -> 
 
     totals = {}
     for which, name in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
-        moe = model.moe_of(decoder=which == "decoder")
+        # All sparse layers of a stack treat padding alike.
+        moe = next(iter(model.sparse_configs(decoder=which == "decoder")), None)
         padding = "ignored" if moe is None else moe.padding
         totals[which] = tokens(name, padding=padding in ("zeroed", "routed"))
         totals[f"{which}_counted"] = tokens(name, padding=padding != "ignored")

@@ -43,6 +43,16 @@ def test_expert_partitions_that_do_not_divide_the_experts_of_a_stack_are_refused
     assert str(caught.value) == f"MeshConfig.num_expert_partitions is 4, which does not divide {sentence}"
 
 
+def test_expert_partitions_have_to_divide_the_experts_of_attention() -> None:
+    attention = ("TransformerConfig.attention_moe=@attention/MoEConfig()", "attention/MoEConfig.num_experts=6")
+    alone = ("TransformerConfig.encoder_sparse_layers='none'", "TransformerConfig.encoder_sparse_attention=2")
+    with pytest.raises(ConfigError, match="does not divide the 6 experts of the encoder; 2 does"):
+        check(*attention, *alone)
+    check(*attention, *alone, mesh=MeshConfig(num_expert_partitions=2))
+    with pytest.raises(ConfigError, match="does not divide the 6 experts of the encoder; 3 does"):
+        check(*attention, *alone, "TransformerConfig.moe=None")
+
+
 def test_experts_of_a_stack_without_sparse_layers_need_not_divide() -> None:
     check(*DECODER, "TransformerConfig.decoder_sparse_layers='none'")
 

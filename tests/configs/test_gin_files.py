@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,40 @@ def test_each_stack_may_have_a_router_of_its_own(load: Load):
     assert (encoder.router.router, decoder.router.router) == ("expert_choice", "top_k")
     assert (encoder.group_size, decoder.group_size) == (512, 512)
     assert decoder.router.num_selected_experts == 2
+
+
+ATTENTION = (
+    "TransformerConfig.attention_moe=@attention/MoEConfig()",
+    "TransformerConfig.encoder_sparse_attention=2",
+    "TransformerConfig.decoder_sparse_attention=2",
+)
+"""The lines of ROUTING.md."""
+
+
+def test_attention_may_be_sparse_and_inherits_what_feed_forwards_have(load: Load):
+    flags = (*ATTENTION, "attention/MoEConfig.eval_capacity_factor=3.0")
+    configuration = load("models/switch_base_e8.gin", "runs/pretrain.gin", bindings=(*PRETRAIN, *flags))
+    configuration.check_flags_have_effect(USED)
+    config = RunSpec.read(configuration).transformer
+    assert config.attention_moe == dataclasses.replace(config.moe, eval_capacity_factor=3.0)
+    assert (config.dtype, config.attention_expert_dtype) == ("bfloat16", "float32")
+    block = Model(config).abstract_params["encoder"]["stack"]["blocks"]["layers_1"]
+    assert block["self_attention"]["key_value"]["experts"]["key"].shape == (8, 768, 12, 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("TransformerConfig.encoder_sparse_attention=2",), r"TransformerConfig\.attention_moe is missing, but enc"),
+        (
+            (*ATTENTION, "TransformerConfig.attention_sparse_projections=('keys',)"),
+            r"got 'keys' .*\. Did you mean 'key'",
+        ),
+    ],
+)
+def test_a_mistake_in_sparse_attention_is_told_in_one_sentence(flags: tuple[str, ...], message: str, load: Load):
+    with pytest.raises(UserError, match=message):
+        load("runs/quickstart.gin", bindings=(MODEL_DIR, *flags)).get("TransformerConfig")
 
 
 def test_a_router_that_a_decoder_cannot_have_is_refused_where_it_was_set(load: Load):

@@ -99,6 +99,17 @@ def test_every_mesh_trains_as_one_device_does(name: str) -> None:
     assert_equal_within_rounding(run(MESHES[name]), reference)
 
 
+def test_sparse_attention_trains_on_a_mesh_as_on_one_device() -> None:
+    moe = MoEConfig(8, group_size=6, train_capacity_factor=1.0, min_expert_capacity=1)
+    projections = ("query", "key", "value", "out")
+    config = dataclasses.replace(
+        CONFIG, attention_moe=moe, attention_sparse_projections=projections, encoder_sparse_attention=1
+    )
+    reference = run(MeshConfig(num_devices=1), config)
+    assert (reference[0][0]["router"]["encoder"].dropped > 0).all()
+    assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
+
+
 @pytest.mark.slow
 def test_dropout_draws_the_same_on_every_mesh() -> None:
     reference = run(MeshConfig(num_devices=1), WITH_DROPOUT)

@@ -163,6 +163,49 @@ def test_the_operations_are_those_of_the_traced_model(moe: MoEConfig | None, sca
         assert once - (twice - once) < 0.1 * once
 
 
+ATTENTIVE = dataclasses.replace(
+    SPARSE,
+    attention_moe=SPARSE.moe,
+    attention_sparse_projections=("query", "key", "value", "out"),
+    encoder_sparse_attention=1,
+    decoder_sparse_attention=(0,),
+)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_token_passes_one_expert_of_each_sparse_projection(scan_layers: bool):
+    config = dataclasses.replace(ATTENTIVE, scan_layers=scan_layers)
+    model, without = Model(config), Model(dataclasses.replace(SPARSE, scan_layers=scan_layers))
+    layers, kernels = 2 + 1, 4 * 8 * 6
+    routers = (8 + 8 + 6) * 4  # of the query, of key and value, and of the output, which sees 2 heads x 3
+    more = parameter_count(model.abstract_params) - parameter_count(without.abstract_params)
+    assert more == layers * (3 * kernels + routers)
+    active, active_without = (
+        active_parameter_count(one.config, one.abstract_params, one.axes) for one in (model, without)
+    )
+    assert active - active_without == layers * routers
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("projections", [("query", "key", "value"), ("out", "value")])
+def test_the_operations_of_sparse_attention_are_those_of_the_traced_model(projections: tuple[str, ...], train: bool):
+    config = dataclasses.replace(ATTENTIVE, attention_sparse_projections=projections)
+    lengths, routers = (16, 7), 2
+    once, twice = (traced_matrix_flops(config, size, lengths, train=train) for size in (2, 4))
+    # Each router sums its probabilities over tokens by products, for two losses.
+    sparse_layers = (sum(config.encoder_pattern) + 2 * routers, sum(config.decoder_pattern) + routers)
+    sums = sum(2 * 2 * 4 * 2 * length * count for length, count in zip(lengths, sparse_layers, strict=True))
+    assert twice - once == forward_flops(config, 2, *lengths, train=train) + sums
+
+
+def test_without_capacity_a_row_counts_for_each_choice():
+    assert SPARSE.moe is not None
+    dropless = dataclasses.replace(SPARSE.moe, dispatch="dropless")
+    dense = forward_flops(dataclasses.replace(SPARSE, moe=None), 4, 8, 4)
+    routers = product(32, 8, 4) + 2 * product(16, 8, 4)
+    assert forward_flops(dataclasses.replace(SPARSE, moe=dropless), 4, 8, 4) == dense + routers
+
+
 def table_9(emb: int, mlp: int, heads: int, layers: int, matrices: int) -> TransformerConfig:
     """A dense model of the shape of a row of the paper's table 9."""
     return TransformerConfig(
