@@ -10,7 +10,8 @@ product for each expert on exactly the tokens that it got. ``balanced`` routes g
 tokens, ``zipf`` routes give the i-th expert a share in 1/i. All return the gradients of their input and of their
 weights. Each is timed in a process of its own, in turn with a dense feed-forward on the same tokens: side by side they
 would pay for each other's gigabytes, which malloc returns and asks for again. Temporary memory is XLA's own account of
-the layer's program. Memory comes in large pages, as ``switch-t5`` starts itself; ``--small_pages`` asks for none.
+the layer's program, over that of what is dispatched: the tokens in their slots or rows, their hidden activations and
+their outputs. Memory comes in large pages, as ``switch-t5`` starts itself; ``--small_pages`` asks for none.
 
 ``--peers`` times the layers of DeepSpeed and Hugging Face in a process of their own on the same tokens and routes,
 beside PyTorch's dense feed-forward. Hugging Face's experts take all tokens whatever their capacity.
@@ -157,7 +158,7 @@ def measure(size: str, experts: int, routes: str, what: Any, *, repeats: int) ->
         "dense_cpu_seconds": seconds["dense"][1],
         "wall_seconds": seconds[what][0],
         "temporary_bytes": memory.temp_size_in_bytes,
-        "dispatched_bytes": 4 * (TOKENS if what == "dropless" else experts * capacity) * (emb_dim + mlp_dim),
+        "dispatched_bytes": 4 * (TOKENS if what == "dropless" else experts * capacity) * (2 * emb_dim + mlp_dim),
         "largest_load": max(counts),
     }
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from switch_t5.types import Array
 
@@ -47,14 +48,19 @@ def _forward(hidden: Hidden, x: Array, into: tuple[Array, ...], wo: Array, extra
 
 
 def _backward(hidden: Hidden, residuals: Any, dy: Array) -> tuple[Array, tuple[Array, ...], Array, None]:
-    def one(_: None, expert: Any) -> tuple[None, Any]:
-        (x, into, wo, extra, branches), dy = expert
+    x, *others = residuals
+
+    def one(tokens: Array, expert: Any) -> tuple[Array, Any]:
+        index, into, wo, extra, branches, dy = expert
+        x = jax.lax.dynamic_index_in_dim(tokens, index, keepdims=False)
         activated, pull = jax.vjp(partial(hidden, extra), *branches)
         d_branches = pull(dy @ wo.T)
         dx = sum(d_branch @ kernel.T for d_branch, kernel in zip(d_branches, into, strict=True))
-        return None, (dx, tuple(x.T @ d_branch for d_branch in d_branches), activated.T @ dy)
+        # An expert's gradient takes the place of its tokens.
+        tokens = jax.lax.dynamic_update_index_in_dim(tokens, dx, index, axis=0)
+        return tokens, (tuple(x.T @ d_branch for d_branch in d_branches), activated.T @ dy)
 
-    dx, d_into, d_wo = jax.lax.scan(one, None, (residuals, dy))[1]
+    dx, (d_into, d_wo) = jax.lax.scan(one, x, (jnp.arange(x.shape[0]), *others, dy))
     return dx, d_into, d_wo, None
 
 

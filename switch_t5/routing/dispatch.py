@@ -159,6 +159,8 @@ def _to_tokens_backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array,
         dy_rows * rows, jnp.ones((rows.shape[-1], 1), rows.dtype), precision=jax.lax.Precision.HIGHEST
     )
     d_weight = _rows(d_of_slot, slot.reshape(slot.shape[0], -1)).reshape(slot.shape)
+    # After the weights' gradient in the flow of data: XLA would keep rows and dy_rows until the experts are done.
+    of_slot += jnp.where(jnp.isfinite(d_of_slot), 0 * d_of_slot, 0)
     return dy_rows * of_slot, d_weight, _no_gradient(slot), _no_gradient(entry)
 
 
