@@ -14,7 +14,7 @@ the layer's program, over that of what is dispatched: the tokens in their slots 
 their outputs. Memory comes in large pages, as ``switch-t5`` starts itself; ``--small_pages`` asks for none.
 
 ``--peers`` times the layers of DeepSpeed and Hugging Face in a process of their own on the same tokens and routes,
-beside PyTorch's dense feed-forward. Hugging Face's experts take all tokens whatever their capacity.
+beside PyTorch's dense feed-forward.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--experts", default="8,32,64,128,256", help="experts of each row")
     parser.add_argument("--dispatch", default="gather,dropless,auto,einsum", help="the methods to time")
     parser.add_argument("--routes", default="balanced,zipf", help="balanced, zipf, or both")
+    parser.add_argument("--group_size", type=int, default=TOKENS, help="tokens of a routing group, of ours alone")
     parser.add_argument("--small_pages", action="store_true", help="do not ask malloc for large pages")
     parser.add_argument("--peers", action="store_true", help="also time the layers of DeepSpeed and Hugging Face")
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with torch and the peers")
@@ -48,7 +49,7 @@ def main() -> int:
     parser.add_argument("--peer_row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row is not None:
-        print(json.dumps(measure(*json.loads(args.row), repeats=args.repeats)))
+        print(json.dumps(measure(*json.loads(args.row), group_size=args.group_size, repeats=args.repeats)))
         return 0
     if args.peer_row is not None:
         print(json.dumps(measure_peer(*json.loads(args.peer_row), repeats=args.repeats)))
@@ -58,7 +59,7 @@ def main() -> int:
     allocator = {} if args.small_pages else large_page_environment()
 
     def run(flag: str, *row: Any, python: str = sys.executable) -> Any:
-        flags = f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}"
+        flags = f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}", f"--group_size={args.group_size}"
         return in_process(__file__, *flags, python=python, variables=allocator)
 
     rows = []
@@ -94,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure(size: str, experts: int, routes: str, what: Any, *, repeats: int) -> dict[str, Any]:
+def measure(size: str, experts: int, routes: str, what: Any, *, group_size: int, repeats: int) -> dict[str, Any]:
     """The layer with one method of dispatch, or the floor of ``rows`` or ``slots``."""
     import jax
     import jax.numpy as jnp
@@ -106,11 +107,12 @@ def measure(size: str, experts: int, routes: str, what: Any, *, repeats: int) ->
 
     emb_dim, mlp_dim = (int(part) for part in size.split("x"))
     tokens, router, counts = routed_tokens(emb_dim, experts, routes)
-    x, mask, ids = jnp.asarray(tokens[None]), jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
+    x = jnp.asarray(tokens).reshape(-1, group_size, emb_dim)
+    mask, ids = jnp.ones(x.shape[:2], bool), jnp.ones(x.shape[:2], jnp.int32)
     is_floor = what in ("rows", "slots")
     method = "gather" if is_floor else what
-    config = MoEConfig(experts, group_size=TOKENS, train_capacity_factor=CAPACITY_FACTOR, dispatch=method)
-    capacity = config.capacity(TOKENS, train=True)
+    config = MoEConfig(experts, group_size=group_size, train_capacity_factor=CAPACITY_FACTOR, dispatch=method)
+    capacity = TOKENS // group_size * config.capacity(group_size, train=True)
     row: dict[str, Any] = {"system": "switch_t5", "size": size, "experts": experts, "dispatch": what, "routes": routes}
 
     dense = FeedForward(emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))

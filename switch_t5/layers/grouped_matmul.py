@@ -21,7 +21,7 @@ _BLOCKS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of a block. A block of 1024 is as fast a row as any larger one; the smaller ones waste an eighth on average."""
 
 _TILE = (512, 512, 512)
-"""Rows, embed and mlp of a tile in a TPU's vector memory."""
+"""The largest tile in a TPU's vector memory: rows, embed and mlp."""
 
 
 @jax.custom_vjp
@@ -67,8 +67,10 @@ def _megablox(x: Array, kernel: Array, sizes: Array, *, interpret: bool = False)
     from jax.experimental.pallas.ops.tpu.megablox import gmm  # Here, for it takes long to import.
 
     rows = x.shape[0]
-    x = jnp.pad(x, ((0, -rows % _TILE[0]), (0, 0)))
-    y = gmm(x, kernel, sizes, x.dtype, _TILE, interpret=interpret)[:rows]
+    # An expert's rows begin and end inside a tile, which is then multiplied as a whole: no more rows than its share.
+    tile = min(_TILE[0], max(128, rows // kernel.shape[0] // 128 * 128)), *_TILE[1:]
+    x = jnp.pad(x, ((0, -rows % tile[0]), (0, 0)))
+    y = gmm(x, kernel, sizes, x.dtype, tile, interpret=interpret)[:rows]
     return _without_the_rest(y, sizes)
 
 
@@ -122,15 +124,15 @@ def _blocked_kernel_gradient(x: Array, dy: Array, sizes: Array) -> Array:
     def product(size: int, first: Array, count: Array | int) -> Array:
         at, mine = _place(size, first, count, x.shape[0])
         left, right = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(rows, at, size), 0) for rows in (x, dy))
-        return left.T @ right
+        return jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
 
     def gradient(_: None, expert: Array) -> tuple[None, Array]:
         branches = [partial(product, size) for size in blocks]
-        nothing = lambda first, count: jnp.zeros((x.shape[1], dy.shape[1]), x.dtype)  # noqa: E731
+        nothing = lambda first, count: jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)  # noqa: E731
         total = jax.lax.switch(choice[expert] + 1, [nothing, *branches], start[expert], rest[expert])
         size, first = blocks[-1], start[expert] + rest[expert]
         add = lambda turn, total: total + product(size, first + turn * size, size)  # noqa: E731
-        return None, jax.lax.fori_loop(0, whole[expert], add, total)
+        return None, jax.lax.fori_loop(0, whole[expert], add, total).astype(x.dtype)
 
     return jax.lax.scan(gradient, None, jnp.arange(sizes.shape[0]))[1]
 

@@ -39,8 +39,8 @@ class MoEConfig:
       balance_scope: whether the load-balance loss wants each ``group`` balanced, or the ``batch`` as a whole.
       num_shared_experts: experts beside the routed ones that every token passes (DeepSeekMoE, Dai et al. 2024).
       expert_dropout_rate: dropout inside the experts, in place of ``dropout_rate`` (table 4).
-      dispatch: ``gather``; ``einsum``, the reference; ``auto``, the faster of the two; or ``dropless``, which has no
-        capacity and drops nothing.
+      dispatch: ``gather``; ``einsum``, the reference; ``auto``, the fastest that computes what
+        ``gather`` does; or ``dropless``, which has no capacity and drops nothing.
     """
 
     num_experts: int
@@ -80,12 +80,18 @@ class MoEConfig:
                 f"'counted' has no meaning for the router {self.router.router!r}, whose choices depend on all tokens "
                 "that are routed; give 'ignored' or 'routed'.",
             )
-        if self.dispatch == "dropless" and self.router.needs_capacity:
+        if self.dispatch == "dropless":
+            self._check_dropless()
+        self.router.check_experts(self.num_experts)
+
+    def _check_dropless(self) -> None:
+        if self.expert_capacity is not None:
+            raise ConfigError("MoEConfig.expert_capacity", "has no effect on 'dropless', which has no capacity.")
+        if self.router.needs_capacity:
             raise ConfigError(
                 "MoEConfig.dispatch",
                 f"'dropless' has no capacity, which {self.router.needs_capacity} is about; give 'gather'.",
             )
-        self.router.check_experts(self.num_experts)
 
     def capacity(self, tokens: int, train: bool) -> int:
         """Slots of an expert for a group of so many tokens."""

@@ -227,7 +227,8 @@ def route(
             assignment = _top_k(config, probs, capacity, mask, scores)
         case "sigmoid_top_k":
             scores = jax.nn.sigmoid(router_logits)
-            probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+            total = jnp.sum(scores, axis=-1, keepdims=True)
+            probs = scores / jnp.where(total > 0, total, 1)  # All zero where every logit is far below zero.
             biased = scores if bias is None else scores + bias.astype(scores.dtype)
             limited = choice.limited_scores(biased, config.num_expert_groups, config.num_limited_groups)
             assignment = choice.top_k(

@@ -67,7 +67,7 @@ def one_more_slot(*args: Any, **kwargs: Any) -> int:
 
 expert_capacity, counts, sum_by_token = moe_config.expert_capacity, assignment._counts, dispatch._sum_by_token
 router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, assignment.load_of, balance._importance
-top_k, plan = choice.top_k, grouped_matmul._plan
+top_k, plan, layer_route = choice.top_k, grouped_matmul._plan, moe.SwitchFeedForward._route
 
 
 def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -75,8 +75,12 @@ def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, ja
     return first + count, count
 
 
-def padding_routed(layer: Any, x: jax.Array, mask: jax.Array, rng: Any) -> Any:
+def padding_counted(layer: Any, x: jax.Array, mask: jax.Array, rng: Any) -> Any:
     return router_logits(layer, x, jnp.ones_like(mask), rng)
+
+
+def padding_routed(layer: Any, x: jax.Array, real: jax.Array, *others: Any) -> Any:
+    return layer_route(layer, x, jnp.ones_like(real), *others)
 
 
 def mean_for_sum(probs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -106,7 +110,8 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
     [
         (Cell("switch"), moe_config, "expert_capacity", one_more_slot),
         (Cell("switch"), assignment, "_counts", inclusive_counts),
-        (Cell("switch"), moe.SwitchFeedForward, "_router_logits", padding_routed),
+        (Cell("switch"), moe.SwitchFeedForward, "_router_logits", padding_counted),
+        (Cell("switch"), moe.SwitchFeedForward, "_route", padding_routed),
         (Cell("switch"), balance, "_importance", mean_for_sum),
         (Cell("top_2"), router, "load_of", load_after_capacity),
         (Cell("top_2"), dispatch, "_sum_by_token", unscaled),
@@ -117,7 +122,8 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
     ids=[
         "one slot more",
         "a cumsum that is not exclusive",
-        "padding routed and counted",
+        "padding counted",
+        "padding routed",
         "a mean for a sum",
         "load counted after capacity",
         "choices averaged for summed",

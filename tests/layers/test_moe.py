@@ -85,7 +85,7 @@ def walk(layer: SwitchFeedForward, x: Array, mask: Array, capacity: int) -> dict
     }
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "einsum"])
+@pytest.mark.parametrize("dispatch", ["gather", "einsum", "auto"])
 @pytest.mark.parametrize(("train", "capacity"), [(True, 4), (False, 5)])
 def test_the_layer_equals_a_walk_over_its_tokens(dispatch: str, train: bool, capacity: int) -> None:
     layer = make_layer(dataclasses.replace(CONFIG, dispatch=dispatch))
@@ -240,6 +240,21 @@ def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str)
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(CONFIG, **{field: value})
     assert str(caught.value) == f"MoEConfig.{field} {message}"
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        ({"router": "expert_choice"}, "the router 'expert_choice'"),
+        ({"router": "no_token_left_behind"}, "the router 'no_token_left_behind'"),
+        ({"batch_prioritized": True}, "batch_prioritized"),
+    ],
+)
+def test_dropless_refuses_what_is_about_capacity(field: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=f"^MoEConfig.dispatch 'dropless' has no capacity, which {what} is about"):
+        MoEConfig(8, dispatch="dropless", router=RouterConfig(**field))
+    with pytest.raises(ConfigError, match=r"^MoEConfig\.expert_capacity has no effect on 'dropless'"):
+        MoEConfig(8, dispatch="dropless", expert_capacity=64)
 
 
 def paddings_layer(padding: Any, **fields: Any) -> SwitchFeedForward:

@@ -36,7 +36,7 @@ NAMES = [
 """Every router; of those that differ in a number alone, one."""
 
 WITH_LOGITS = [(name, "gather") for name in NAMES if CASES[name].config.has_kernel]
-WITH_LOGITS += [("switch", "einsum"), ("expert_choice", "einsum")]
+WITH_LOGITS += [("switch", "einsum"), ("expert_choice", "einsum"), ("switch", "dropless")]
 LOSSES = ("load_balance_loss", "router_z_loss", "importance_loss", "load_loss")
 
 Arrays = dict[str, Any]

@@ -1,5 +1,8 @@
 """What the sparse layer costs on a TPU, by XLA's own count of the program that it compiles for one; none is needed.
 
+In that count a megablox kernel is what it declares: the products of its rows, without the rest of the tiles that two
+experts share.
+
 ``libtpu`` holds the compiler, and jax[tpu] names its version; without it these are skipped.
 """
 

@@ -110,6 +110,14 @@ def test_sparse_attention_trains_on_a_mesh_as_on_one_device() -> None:
     assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
 
 
+def test_without_capacity_a_mesh_trains_and_drops_out_as_one_device_does() -> None:
+    assert WITH_DROPOUT.moe is not None and WITH_DROPOUT.moe.expert_dropout_rate > 0
+    config = dataclasses.replace(WITH_DROPOUT, moe=dataclasses.replace(WITH_DROPOUT.moe, dispatch="dropless"))
+    reference = run(MeshConfig(num_devices=1), config)
+    assert (reference[0][0]["router"]["encoder"].dropped == 0).all()
+    assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
+
+
 @pytest.mark.slow
 def test_dropout_draws_the_same_on_every_mesh() -> None:
     reference = run(MeshConfig(num_devices=1), WITH_DROPOUT)
