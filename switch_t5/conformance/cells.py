@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -19,11 +19,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from switch_t5.conformance import oracle
+from switch_t5.conformance.routers import ROUTERS
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
 from switch_t5.partitioning.rules import named_sharding, partitioned
-from switch_t5.routing.choice import hashed
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import RouterConfig
 
@@ -38,89 +38,6 @@ BOUNDS: dict[DataType, float] = {"float32": 2e-5, "bfloat16": 3e-2}
 
 LOSS_WEIGHTS = {"load_balance_loss": 0.5, "router_z_loss": 0.25, "importance_loss": 0.125}
 """Of the losses, in the scalar whose gradient is compared; large, so that none can hide."""
-
-Routes = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None], list[oracle.Route]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Router:
-    """A router, and the same in the oracle.
-
-    Attributes:
-      config: of the library.
-      routes: logits ``[G, S, E]``, mask ``[G, S]``, tokens ``[G, S]`` and the capacity to the oracle's routes.
-      probs: logits to the distribution that losses see; None where experts are given and there are no logits.
-      first_choice_only: the load counts only first choices.
-    """
-
-    config: RouterConfig
-    routes: Routes
-    probs: Callable[[np.ndarray], np.ndarray] | None = oracle.softmax
-    first_choice_only: bool = False
-
-
-def _top_k(**settings: Any) -> Routes:
-    return lambda logits, mask, tokens, capacity: oracle.top_k(logits, mask, capacity, **settings)
-
-
-def _no_noise(mask: np.ndarray) -> np.ndarray:
-    return np.zeros(mask.shape)
-
-
-ROUTERS: dict[str, Router] = {
-    "switch": Router(RouterConfig(), _top_k()),
-    "top_2": Router(RouterConfig(num_selected_experts=2), _top_k(k=2)),
-    "top_3_renormalized": Router(
-        RouterConfig(num_selected_experts=3, renormalize_weights=True), _top_k(k=3, renormalize=True)
-    ),
-    "batch_prioritized": Router(
-        RouterConfig(num_selected_experts=2, batch_prioritized=True), _top_k(k=2, batch_prioritized=True)
-    ),
-    "gshard_top_2": Router(
-        RouterConfig(router="gshard_top_2"),
-        lambda logits, mask, tokens, capacity: oracle.gshard_top_2(logits, mask, capacity, uniform=_no_noise(mask)),
-        first_choice_only=True,
-    ),
-    "no_token_left_behind": Router(
-        RouterConfig(router="no_token_left_behind", num_rounds=3),
-        lambda logits, mask, tokens, capacity: oracle.no_token_left_behind(logits, mask, capacity, rounds=3),
-        first_choice_only=True,
-    ),
-    "sinkhorn": Router(
-        RouterConfig(router="sinkhorn", sinkhorn_iterations=4),
-        lambda logits, mask, tokens, capacity: oracle.sinkhorn(logits, mask, capacity, iterations=4),
-    ),
-    "sigmoid_top_k": Router(
-        RouterConfig(router="sigmoid_top_k", num_selected_experts=2, weight_scale=1.5),
-        lambda logits, mask, tokens, capacity: oracle.sigmoid_top_k(logits, mask, capacity, k=2, bias=BIAS, scale=1.5),
-        probs=oracle.normalized_sigmoid,
-    ),
-    "sigmoid_limited": Router(
-        RouterConfig(router="sigmoid_top_k", num_selected_experts=2, num_expert_groups=4, num_limited_groups=2),
-        lambda logits, mask, tokens, capacity: oracle.sigmoid_top_k(
-            logits, mask, capacity, k=2, bias=BIAS, num_expert_groups=4, num_limited_groups=2
-        ),
-        probs=oracle.normalized_sigmoid,
-    ),
-    "expert_choice": Router(
-        RouterConfig(router="expert_choice"),
-        lambda logits, mask, tokens, capacity: oracle.expert_choice(logits, mask, capacity),
-    ),
-    "hash": Router(
-        RouterConfig(router="hash"),
-        lambda logits, mask, tokens, capacity: oracle.given(
-            np.asarray(hashed(jnp.asarray(tokens), EXPERTS)), mask, capacity
-        ),
-        probs=None,
-    ),
-    "random": Router(
-        RouterConfig(router="random"),
-        lambda logits, mask, tokens, capacity: oracle.given(
-            np.asarray(jax.random.randint(jax.random.key(0), mask.shape, 0, EXPERTS)), mask, capacity
-        ),
-        probs=None,
-    ),
-}
 
 BIAS = np.linspace(-0.3, 0.3, EXPERTS)
 MESHES: dict[str, MeshConfig] = {
@@ -225,27 +142,12 @@ def expected_values(router: str, dtype: DataType, capacity: int | None = CAPACIT
     """The oracle's output, losses, statistics and gradients on :func:`example_inputs`."""
     inputs = example_inputs(dtype)
     spec, mask, tokens = ROUTERS[router], inputs["mask"], inputs["tokens"]
-    real = mask.sum(axis=1)
 
-    def evaluate(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], list[oracle.Route], np.ndarray]:
+    def evaluate(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray, list[oracle.Route]]:
         logits = arrays["x"] @ arrays["router"]
-        routes = spec.routes(logits, mask, tokens, capacity)
-        if spec.probs is None:
-            probs = np.zeros(logits.shape)
-            for route in routes:
-                probs[route.group, route.token, route.expert] = 1
-        else:
-            probs = spec.probs(logits)
-        only_first = spec.first_choice_only
-        balance = oracle.load_balance_loss(probs, routes, mask, first_choice_only=only_first)
-        z_loss = oracle.router_z_loss(logits, mask) if spec.probs is not None else np.zeros(1)
-        values = {
-            "output": oracle.combine(arrays["x"], routes, (arrays["wi"],), arrays["wo"], ("relu",)),
-            "load_balance_loss": (balance * real).sum(),
-            "router_z_loss": z_loss.sum(),
-            "importance_loss": (oracle.importance_loss(probs, mask) * real).sum(),
-        }
-        return values, routes, probs
+        routes = spec.routes(logits, mask, tokens, capacity, BIAS)
+        output = oracle.combine(arrays["x"], routes, (arrays["wi"],), arrays["wo"], ("relu",))
+        return {"output": output, **spec.losses(logits, mask, routes)}, logits, routes
 
     def scalar(arrays: dict[str, np.ndarray]) -> Any:
         values, _, _ = evaluate(arrays)
@@ -253,18 +155,13 @@ def expected_values(router: str, dtype: DataType, capacity: int | None = CAPACIT
         return (values["output"] * inputs["cotangent"]).sum() + losses
 
     arrays = {name: inputs[name] for name in ("x", "router", "wi", "wo")}
-    values, routes, probs = evaluate(arrays)
-    statistics = oracle.statistics(probs, routes, mask, EXPERTS, first_choice_only=spec.first_choice_only)
+    values, logits, routes = evaluate(arrays)
     gradients = oracle.gradients(scalar, arrays)
     if spec.probs is None:
         del gradients["router"]
     return {
         **values,
-        "tokens": statistics["tokens"],
-        "expert_load": statistics["expert_load"],
-        "dropped": statistics["dropped"],
-        "router_entropy": statistics["entropy"],
-        "router_confidence": statistics["confidence"],
+        **spec.statistics(logits, mask, routes),
         **{f"gradient of {name}": value for name, value in gradients.items()},
     }
 

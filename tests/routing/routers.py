@@ -1,19 +1,17 @@
-"""Every router beside its oracle, at any size, and what a test reads of a decision."""
+"""Routers that tests ask at any size, and what they read of a decision."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.conformance import oracle
+from switch_t5.conformance.routers import ROUTERS, Router, gshard_top_2, random, sigmoid_top_k, top_k
 from switch_t5.routing.assignment import Assignment, Choices
-from switch_t5.routing.choice import hashed
 from switch_t5.routing.router import RouterConfig, Routing, route, route_without_logits
 from switch_t5.types import Array
 
@@ -21,101 +19,23 @@ KEY = jax.random.key(7)
 """Of GShard's second choices and of random experts."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A router and its oracle.
-
-    Attributes:
-      config: of the library.
-      routes: logits, mask and the vocabulary's entries of tokens, a capacity, and the experts' bias, to routes.
-      probs: logits to the distribution that losses see; None where there are no logits.
-      first_choice_only: the load counts only first choices.
-      knows_ties: whether equal logits are equal in float32 wherever they are in the oracle.
-    """
-
-    config: RouterConfig
-    routes: Callable[..., list[oracle.Route]]
-    probs: Callable[[np.ndarray], np.ndarray] | None = oracle.softmax
-    first_choice_only: bool = False
-    knows_ties: bool = False
-
-
-def _top_k(k: int, *, renormalize: bool = False, prioritized: bool = False) -> Case:
-    return Case(
-        RouterConfig(num_selected_experts=k, renormalize_weights=renormalize, batch_prioritized=prioritized),
-        lambda logits, mask, tokens, capacity, bias: oracle.top_k(
-            logits, mask, capacity, k=k, renormalize=renormalize, batch_prioritized=prioritized
-        ),
-        # Which of two tokens with the same logits in another order is the surer, rounding decides.
-        knows_ties=not prioritized,
-    )
-
-
-def _sigmoid_top_k(config: RouterConfig) -> Case:
-    return Case(
-        config,
-        lambda logits, mask, tokens, capacity, bias: oracle.sigmoid_top_k(
-            logits,
-            mask,
-            capacity,
-            k=config.num_selected_experts,
-            bias=bias,
-            num_expert_groups=config.num_expert_groups,
-            num_limited_groups=config.num_limited_groups,
-            scale=config.weight_scale,
-        ),
-        probs=oracle.normalized_sigmoid,
-    )
-
-
-def _given(config: RouterConfig, experts: Callable[[Any, tuple[int, ...], int], Array]) -> Case:
-    return Case(
-        config,
-        lambda logits, mask, tokens, capacity, bias: oracle.given(
-            np.asarray(experts(tokens, mask.shape, logits.shape[-1])), mask, capacity
-        ),
-        probs=None,
-    )
-
-
-CASES: dict[str, Case] = {
-    "switch": _top_k(1),
-    "top_2": _top_k(2),
-    "top_3": _top_k(3),
-    "switch_renormalized": _top_k(1, renormalize=True),
-    "top_2_renormalized": _top_k(2, renormalize=True),
-    "top_3_renormalized": _top_k(3, renormalize=True),
-    "batch_prioritized": _top_k(2, prioritized=True),
-    "gshard_top_2": Case(
-        RouterConfig(router="gshard_top_2"),
-        lambda logits, mask, tokens, capacity, bias: oracle.gshard_top_2(
-            logits, mask, capacity, uniform=np.asarray(jax.random.uniform(KEY, mask.shape))
-        ),
-        first_choice_only=True,
-    ),
-    "no_token_left_behind": Case(
-        RouterConfig(router="no_token_left_behind", num_rounds=3),
-        lambda logits, mask, tokens, capacity, bias: oracle.no_token_left_behind(logits, mask, capacity, rounds=3),
-        first_choice_only=True,
-        knows_ties=True,
-    ),
-    "sigmoid_top_k": _sigmoid_top_k(RouterConfig(router="sigmoid_top_k", num_selected_experts=2, weight_scale=1.5)),
-    "sigmoid_limited": _sigmoid_top_k(
-        RouterConfig(router="sigmoid_top_k", num_selected_experts=2, num_expert_groups=2, num_limited_groups=1)
-    ),
-    "sinkhorn": Case(
-        RouterConfig(router="sinkhorn", sinkhorn_iterations=4),
-        lambda logits, mask, tokens, capacity, bias: oracle.sinkhorn(logits, mask, capacity, iterations=4),
-    ),
-    "expert_choice": Case(
-        RouterConfig(router="expert_choice"),
-        lambda logits, mask, tokens, capacity, bias: oracle.expert_choice(logits, mask, capacity),
-    ),
-    "hash": _given(RouterConfig(router="hash"), lambda tokens, shape, experts: hashed(jnp.asarray(tokens), experts)),
-    "random": _given(
-        RouterConfig(router="random"), lambda tokens, shape, experts: jax.random.randint(KEY, shape, 0, experts)
-    ),
+CASES: dict[str, Router] = {
+    **ROUTERS,
+    "top_3": top_k(3),
+    "switch_renormalized": top_k(1, renormalize=True),
+    "top_2_renormalized": top_k(2, renormalize=True),
+    "gshard_top_2": gshard_top_2(lambda mask: np.asarray(jax.random.uniform(KEY, mask.shape))),
+    "sigmoid_limited": sigmoid_top_k(num_expert_groups=2, num_limited_groups=1),
+    "random": random(KEY),
 }
+"""The routers of conformance with others beside them: two groups of few experts, and draws with a key."""
+
+KNOWS_TIES = [
+    *("switch", "top_2", "top_3", "switch_renormalized", "top_2_renormalized", "top_3_renormalized"),
+    "no_token_left_behind",
+]
+"""Those for which equal logits are equal in float32 wherever they are in the oracle. Which of two tokens with the same
+logits in another order is the surer, rounding decides."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
