@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
 from collections.abc import Callable
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from switch_t5.layers.dropout import drop, dropout_mask, dropout_of_rows
@@ -90,20 +89,22 @@ class FeedForward(nnx.Module):
         """
         into = tuple(getattr(self, name)[...].astype(x.dtype) for name in self._input_names())
         wo = self.wo[...].astype(x.dtype)
-        activate = partial(_activate, self.activations)
+        activate = functools.partial(_activate, self.activations)
         if sizes is not None:
             assert numbers is not None
-            hidden = activate(None, 0.0, *(grouped_matmul(x, kernel, sizes) for kernel in into))
+            hidden = activate(*(grouped_matmul(x, kernel, sizes) for kernel in into))
             return grouped_matmul(dropout_of_rows(hidden, dropout_rate, rng, numbers, columns="expert_mlp"), wo, sizes)
         # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
         shared = -2 if wo.ndim == 2 else None
         keep = dropout_mask((*x.shape[:-1], wo.shape[-2]), dropout_rate, rng, broadcast_dim=shared)
         if wo.ndim == 3 and target_platform() == "cpu" and not is_partitioned():
-            return expert_loop(lambda keep, *branches: activate(keep, dropout_rate, *branches), x, into, wo, keep)
-        return constrain(activate(keep, dropout_rate, *(x @ kernel for kernel in into)), hidden_axes) @ wo
+            dropped = lambda keep, *branches: drop(activate(*branches), keep, dropout_rate)  # noqa: E731
+            return expert_loop(dropped, x, into, wo, keep)
+        hidden = constrain(activate(*(x @ kernel for kernel in into)), hidden_axes)
+        return drop(hidden, keep, dropout_rate) @ wo
 
 
-def _activate(activations: tuple[str, ...], keep: Array | None, rate: float, *branches: Array) -> Array:
-    """The activations of the products with ``wi``, multiplied, and dropped where ``keep`` says so."""
-    hidden = math.prod(ACTIVATIONS[name](branch) for name, branch in zip(activations, branches, strict=True))
-    return drop(jnp.asarray(hidden), keep, rate)
+def _activate(activations: tuple[str, ...], *branches: Array) -> Array:
+    """The activations of the products with ``wi``, multiplied."""
+    parts = (ACTIVATIONS[name](branch) for name, branch in zip(activations, branches, strict=True))
+    return functools.reduce(operator.mul, parts)

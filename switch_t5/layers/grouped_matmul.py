@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.partitioning.rules import target_platform
+from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
 
 _BLOCKS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -52,7 +53,9 @@ def _backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, 
     x, kernel, sizes = residuals
     if target_platform() == "cpu":
         dx = _blocked(dy, kernel, sizes, transposed=True)
-        d_kernel = _blocked_kernel_gradient(x, dy, _after(dx, sizes))
+        # XLA's CPU backend copies a donated parameter unless all that reads it comes, in the flow of data, before the
+        # update that overwrites it; dx reads the kernel last.
+        d_kernel = _blocked_kernel_gradient(x, dy, sizes + zero_after(dx[0, 0]).astype(sizes.dtype))
     else:
         dx, d_kernel = jax.vjp(lambda x, kernel: _product(x, kernel, sizes), x, kernel)[1](dy)
         dx = _without_the_rest(dx, sizes)
@@ -77,16 +80,6 @@ def _megablox(x: Array, kernel: Array, sizes: Array, *, interpret: bool = False)
 def _without_the_rest(y: Array, sizes: Array) -> Array:
     """Zero in the rows past the sum of ``sizes``, which a TPU's kernel leaves unwritten."""
     return jnp.where(jnp.arange(y.shape[0])[:, None] < jnp.sum(sizes), y, 0)
-
-
-def _after(dx: Array, sizes: Array) -> Array:
-    """``sizes``, in the flow of data after ``dx``.
-
-    XLA's CPU backend copies a donated parameter unless all that reads it comes, in the flow of data, before the update
-    that overwrites it. ``dx`` is what reads the kernel last, so the kernel's gradient is made to follow it.
-    """
-    first = dx[0, 0].astype(jnp.float32)
-    return sizes + jnp.where(jnp.isfinite(first), 0 * first, 0).astype(sizes.dtype)
 
 
 def _blocked(x: Array, kernel: Array, sizes: Array, *, transposed: bool = False) -> Array:
@@ -144,8 +137,7 @@ def _plan(rows: int, sizes: Array) -> tuple[tuple[int, ...], Array, Array, Array
       The sizes of blocks; and for each matrix, ``[expert]`` int32: its first row, its rows in the first block, which
       size that block has (-1 where it has no rows), and how many blocks of the largest size follow.
     """
-    blocks = (*(size for size in _BLOCKS if size < rows), min(rows, _BLOCKS[-1]))
-    blocks = tuple(sorted(set(blocks)))
+    blocks = tuple(sorted({min(size, rows) for size in _BLOCKS}))
     whole = jnp.maximum(sizes - 1, 0) // blocks[-1]
     rest = sizes - whole * blocks[-1]
     choice = jnp.where(rest > 0, jnp.searchsorted(jnp.asarray(blocks), rest), -1)

@@ -26,7 +26,7 @@ def parameter(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: A
 def parameter_axes(params: nnx.State) -> Any:
     """The logical axes of each parameter, in the structure of ``params``; of one layer where a scan holds several."""
     return jax.tree.map(
-        lambda leaf: leaf.get_metadata()["axes"][-leaf[...].ndim :],
+        lambda leaf: leaf.get_metadata()["axes"][-leaf.get_value().ndim :],
         params,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
     )

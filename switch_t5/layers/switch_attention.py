@@ -19,7 +19,7 @@ The paper found these layers unstable in bfloat16 (table 10), so experts compute
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from switch_t5.layers.moe import SparseLayer
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import RouterStats
-from switch_t5.types import Array
+from switch_t5.types import Array, Axes
 
 ExpertDtype = Literal["float32", "bfloat16"]
 
@@ -70,19 +70,31 @@ class LinearExperts(nnx.Module):
         for name in names:
             setattr(self, name, projection_kernel(name, *sizes, convention, num_experts=num_experts, rngs=rngs))
 
-    def __call__(self, x: Array, *, sizes: Array | None = None, **of_hidden: Any) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        *,
+        hidden_axes: Axes = (),
+        dropout_rate: float = 0.0,
+        rng: Array | None = None,
+        sizes: Array | None = None,
+        numbers: Array | None = None,
+    ) -> Array:
         """Applies each expert to its own tokens.
 
         Args:
           x: ``[expert, tokens, embed]``, or ``[rows, embed]`` sorted by expert; for ``out`` heads and kv in one dim.
+          hidden_axes: of no use, as all that a feed-forward is told of its hidden activation: there is none.
+          dropout_rate: of no use.
+          rng: of no use.
           sizes: ``[expert]`` int32, how many of the rows are each expert's.
-          of_hidden: what a feed-forward is told of its hidden activation, which there is none of here.
+          numbers: of no use.
 
         Returns:
           ``[expert, tokens, heads * names * kv]``, so that the heads of several projections split as one dim; for
           ``out`` ``[expert, tokens, embed]``; or rows of either. The dtype is that of ``x``.
         """
-        del of_hidden
+        del hidden_axes, dropout_rate, rng, numbers
         outputs = [self._apply(x, getattr(self, name)[...], sizes) for name in self.names]
         if len(outputs) == 1:
             return outputs[0].astype(x.dtype)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import cast
 
 import jax
 from flax import nnx
 
-from switch_t5.layers.attention import Attention, Projection
+from switch_t5.layers.attention import Attention
 from switch_t5.layers.dense import FeedForward
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.moe import SwitchFeedForward
@@ -67,8 +66,7 @@ class Block(nnx.Module):
         self.self_attention_norm = RMSNorm(config.emb_dim, rngs=rngs)
         if sparse_attention:
             assert config.attention_moe is not None
-            projections = cast("tuple[Projection, ...]", config.attention_sparse_projections)
-            dtype = config.attention_expert_dtype
+            projections, dtype = config.sparse_projections, config.attention_expert_dtype
             self.self_attention = SwitchAttention(
                 config.attention_moe, projections, *attention_sizes, expert_dtype=dtype, rngs=rngs
             )

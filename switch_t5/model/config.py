@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from switch_t5.errors import ConfigError, check_types, closest
-from switch_t5.layers.attention import PROJECTIONS
+from switch_t5.layers.attention import PROJECTIONS, Projection
 from switch_t5.layers.initializers import Initialization
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.layers.switch_attention import ExpertDtype
@@ -179,13 +179,20 @@ class TransformerConfig:
         """The sparse feed-forwards of one stack; None where the model has none."""
         return self.decoder_moe if decoder and self.decoder_moe is not None else self.moe
 
+    @property
+    def sparse_projections(self) -> tuple[Projection, ...]:
+        """``attention_sparse_projections`` in the order of all projections."""
+        return tuple(name for name in PROJECTIONS if name in self.attention_sparse_projections)
+
+    def patterns(self, *, decoder: bool) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """For each block of one stack, whether its feed-forward is sparse, and whether its self-attention is."""
+        if decoder:
+            return self.decoder_pattern, self.decoder_attention_pattern
+        return self.encoder_pattern, self.encoder_attention_pattern
+
     def sparse_configs(self, *, decoder: bool) -> tuple[MoEConfig, ...]:
         """What the blocks of one stack have of sparse layers: feed-forwards, then attention; empty for dense blocks."""
-        feed_forward, attention = (
-            (self.decoder_pattern, self.decoder_attention_pattern)
-            if decoder
-            else (self.encoder_pattern, self.encoder_attention_pattern)
-        )
+        feed_forward, attention = self.patterns(decoder=decoder)
         kinds = ((self.moe_of(decoder=decoder), feed_forward), (self.attention_moe, attention))
         return tuple(config for config, pattern in kinds if config is not None and any(pattern))
 

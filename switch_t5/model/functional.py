@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from switch_t5.layers.parameter import parameter_axes
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import SwitchTransformer
 from switch_t5.types import Array, Params
@@ -26,11 +27,7 @@ class Model:
         abstract = nnx.eval_shape(lambda: SwitchTransformer(config, rngs=nnx.Rngs(params=0)))
         self._graph, self._state = nnx.split(abstract)
         self.abstract_params: Params = nnx.to_pure_dict(self._state)
-        self.axes: dict[str, Any] = nnx.to_pure_dict(
-            jax.tree.map(
-                lambda leaf: leaf.get_metadata()["axes"], self._state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
-            )
-        )
+        self.axes: dict[str, Any] = nnx.to_pure_dict(parameter_axes(self._state))
 
     def init(self, rng: Array) -> Params:
         """Draws the parameters; a pure function, to be jitted with the shardings of its result."""

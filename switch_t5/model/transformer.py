@@ -53,11 +53,7 @@ class Coder(nnx.Module):
             config.initialization,
             rngs=rngs,
         )
-        if decoder:
-            patterns = (config.decoder_pattern, config.decoder_attention_pattern)
-        else:
-            patterns = (config.encoder_pattern, config.encoder_attention_pattern)
-        self.stack = Stack(config, *patterns, decoder=decoder, rngs=rngs)
+        self.stack = Stack(config, *config.patterns(decoder=decoder), decoder=decoder, rngs=rngs)
         self.norm = RMSNorm(config.emb_dim, rngs=rngs)
 
     def __call__(self, x: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, RouterStats | None]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 
-from switch_t5.layers.attention import Projection
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.layers.switch_attention import routed_together
 from switch_t5.model.config import TransformerConfig
@@ -61,8 +60,7 @@ def forward_flops(
             return total
         assert moe is not None
         slots = _slots(moe, batch, length, c.sequences_per_group(encoder_length), train)
-        sparse_projections = cast("tuple[Projection, ...]", c.attention_sparse_projections)
-        for names in routed_together(sparse_projections):
+        for names in routed_together(c.sparse_projections):
             total += len(names) * 2 * c.emb_dim * width * (slots - batch * length)
             router_input = width if names == ("out",) else c.emb_dim
             total += 2 * router_input * moe.num_experts * batch * length * moe.router.has_kernel
@@ -79,10 +77,10 @@ def forward_flops(
         return router + 2 * matrices * c.emb_dim * c.mlp_dim * (slots + moe.num_shared_experts * tokens)
 
     total = 2 * batch * decoder_length * c.emb_dim * c.vocab_size
-    for sparse, sparse_attention in zip(c.encoder_pattern, c.encoder_attention_pattern, strict=True):
+    for sparse, sparse_attention in zip(*c.patterns(decoder=False), strict=True):
         total += self_attention(encoder_length, sparse_attention)
         total += feed_forward(encoder_length, sparse, decoder=False)
-    for sparse, sparse_attention in zip(c.decoder_pattern, c.decoder_attention_pattern, strict=True):
+    for sparse, sparse_attention in zip(*c.patterns(decoder=True), strict=True):
         total += self_attention(decoder_length, sparse_attention)
         total += attention(decoder_length, encoder_length) + feed_forward(decoder_length, sparse, decoder=True)
     return total

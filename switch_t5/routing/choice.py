@@ -83,7 +83,7 @@ def gshard_top_2(router_probs: Array, capacity: int | None, mask: Array, *, unif
     return assign_slots(expert, jnp.where(asks, weight, 0), num_experts, capacity)
 
 
-def given(expert: Array, capacity: int | None, mask: Array, num_experts: int, dtype: jnp.dtype) -> Choices:
+def given(expert: Array, capacity: int | None, mask: Array, num_experts: int) -> Choices:
     """Experts that no router chose, with weight 1: baselines.
 
     Source: Roller et al. 2021 (hash layers).
@@ -93,10 +93,9 @@ def given(expert: Array, capacity: int | None, mask: Array, num_experts: int, dt
       capacity: slots of an expert for one group.
       mask: ``[G, S]`` bool.
       num_experts: E.
-      dtype: of the weights.
     """
     expert = jnp.where(mask, expert, num_experts)[..., None]
-    return assign_slots(expert, mask[..., None].astype(dtype), num_experts, capacity)
+    return assign_slots(expert, mask[..., None].astype(jnp.float32), num_experts, capacity)
 
 
 def no_token_left_behind(router_probs: Array, capacity: int, mask: Array, *, rounds: int) -> Assignment:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.routing.assignment import Assignment, RowOrder
+from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
 
 DispatchMethod = Literal["auto", "gather", "einsum", "dropless"]
@@ -160,7 +161,7 @@ def _to_tokens_backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array,
     )
     d_weight = _rows(d_of_slot, slot.reshape(slot.shape[0], -1)).reshape(slot.shape)
     # After the weights' gradient in the flow of data: XLA would keep rows and dy_rows until the experts are done.
-    of_slot += jnp.where(jnp.isfinite(d_of_slot), 0 * d_of_slot, 0)
+    of_slot += zero_after(d_of_slot)
     return dy_rows * of_slot, d_weight, _no_gradient(slot), _no_gradient(entry)
 
 

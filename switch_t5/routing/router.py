@@ -268,7 +268,7 @@ def route_without_logits(
         expert = choice.hashed(tokens, num_experts)
     else:
         expert = jax.random.randint(jax.random.key(0) if rng is None else rng, mask.shape, 0, num_experts)
-    assignment = choice.given(expert, capacity, mask, num_experts, jnp.dtype(jnp.float32))
+    assignment = choice.given(expert, capacity, mask, num_experts)
     return Routing(assignment, jax.nn.one_hot(expert, num_experts), load_of(assignment.expert, num_experts))
 
 
