@@ -8,10 +8,12 @@ The layer is all of router, losses, dispatch, experts and combine. The floor is 
 alone, with their derivatives: on ``[expert, capacity, embed]`` where there is a capacity, and for ``dropless`` one
 product for each expert on exactly the tokens that it got. ``balanced`` routes give every expert the same number of
 tokens, ``zipf`` routes give the i-th expert a share in 1/i. All return the gradients of their input and of their
-weights. Each is timed in a process of its own, in turn with a dense feed-forward on the same tokens: side by side they
-would pay for each other's gigabytes, which malloc returns and asks for again. Temporary memory is XLA's own account of
-the layer's program, over that of what is dispatched: the tokens in their slots or rows, their hidden activations and
-their outputs. Memory comes in large pages, as ``switch-t5`` starts itself; ``--small_pages`` asks for none.
+weights. A layer, its floor and a dense feed-forward on the same tokens are timed in turn, in a process for each layer.
+Temporary memory is XLA's own account of the layer's program, over that of what is dispatched: the tokens in their
+slots or rows, their hidden activations and their outputs.
+
+The processes keep the memory that they have freed, in large pages: gigabytes that are returned and asked for anew at
+each step can take longer than the layer, and on a virtual machine any time. ``--fresh_memory`` leaves that to malloc.
 
 ``--peers`` times the layers of DeepSpeed and Hugging Face in a process of their own on the same tokens and routes,
 beside PyTorch's dense feed-forward.
@@ -25,9 +27,7 @@ import json
 import sys
 from typing import Any
 
-from timing import add_common_flags, in_process, report, times
-
-from switch_t5.cli.allocator import large_page_environment
+from timing import add_common_flags, in_process, kept_memory_environment, report, times
 
 TOKENS, CAPACITY_FACTOR = 8192, 1.25
 PEERS = ("deepspeed", "huggingface")
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--dispatch", default="gather,dropless,auto,einsum", help="the methods to time")
     parser.add_argument("--routes", default="balanced,zipf", help="balanced, zipf, or both")
     parser.add_argument("--group_size", type=int, default=TOKENS, help="tokens of a routing group, of ours alone")
-    parser.add_argument("--small_pages", action="store_true", help="do not ask malloc for large pages")
+    parser.add_argument("--fresh_memory", action="store_true", help="give memory back and ask anew at each step")
     parser.add_argument("--peers", action="store_true", help="also time the layers of DeepSpeed and Hugging Face")
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with torch and the peers")
     add_common_flags(parser, repeats=7)
@@ -56,25 +56,19 @@ def main() -> int:
         return 0
     if args.quick:
         args.sizes, args.experts, args.repeats = "64x128", "8", 3
-    allocator = {} if args.small_pages else large_page_environment()
+    variables = {} if args.fresh_memory else kept_memory_environment()
 
     def run(flag: str, *row: Any, python: str = sys.executable) -> Any:
         flags = f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}", f"--group_size={args.group_size}"
-        return in_process(__file__, *flags, python=python, variables=allocator)
+        return in_process(__file__, *flags, python=python, variables=variables)
 
     rows = []
     for size, experts, routes in itertools.product(
         args.sizes.split(","), map(int, args.experts.split(",")), args.routes.split(",")
     ):
-        floors: dict[str, Any] = {}
-        for method in args.dispatch.split(","):
-            floor = "rows" if method == "dropless" else "slots"
-            if floor not in floors:
-                floors[floor] = run("row", size, experts, routes, floor)
-            row = run("row", size, experts, routes, method)
-            rows.append(row | {"floor_cpu_seconds": floors[floor]["cpu_seconds"]})
-        for peer in PEERS if args.peers else ():
-            rows.append(run("peer_row", size, experts, routes, peer, python=args.peer_python))
+        rows += [run("row", size, experts, routes, method) for method in args.dispatch.split(",")]
+        if args.peers:
+            rows += [run("peer_row", size, experts, routes, peer, python=args.peer_python) for peer in PEERS]
     report(rows, table(rows), args.json)
     return 0
 
@@ -95,8 +89,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure(size: str, experts: int, routes: str, what: Any, *, group_size: int, repeats: int) -> dict[str, Any]:
-    """The layer with one method of dispatch, or the floor of ``rows`` or ``slots``."""
+def measure(size: str, experts: int, routes: str, method: Any, *, group_size: int, repeats: int) -> dict[str, Any]:
+    """The layer with one method of dispatch, its floor, and a dense feed-forward."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -109,60 +103,64 @@ def measure(size: str, experts: int, routes: str, what: Any, *, group_size: int,
     tokens, router, counts = routed_tokens(emb_dim, experts, routes)
     x = jnp.asarray(tokens).reshape(-1, group_size, emb_dim)
     mask, ids = jnp.ones(x.shape[:2], bool), jnp.ones(x.shape[:2], jnp.int32)
-    is_floor = what in ("rows", "slots")
-    method = "gather" if is_floor else what
+    wi, wo = jnp.ones((experts, emb_dim, mlp_dim)), jnp.ones((experts, mlp_dim, emb_dim))
     config = MoEConfig(experts, group_size=group_size, train_capacity_factor=CAPACITY_FACTOR, dispatch=method)
     capacity = TOKENS // group_size * config.capacity(group_size, train=True)
-    row: dict[str, Any] = {"system": "switch_t5", "size": size, "experts": experts, "dispatch": what, "routes": routes}
 
     dense = FeedForward(emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
     dense_graph, dense_params = nnx.split(dense)
+    # Without values of their own: gigabytes, drawn for nothing.
+    layer = nnx.eval_shape(lambda: SwitchFeedForward(config, emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(layer)
+    nnx.replace_by_pure_dict(params, {"router": jnp.asarray(router), "experts": {"wi": wi, "wo": wo}})
 
     def dense_loss(params: Any, x: Any) -> Any:
         axes = ("batch", "length", "mlp")
         return jnp.sum(nnx.merge(dense_graph, params)(x, hidden_axes=axes, dropout_rate=0.0, rng=None))
 
-    def layer_program() -> tuple[Any, tuple[Any, ...]]:
-        layer = SwitchFeedForward(config, emb_dim, mlp_dim, ("relu",), "paper", rngs=nnx.Rngs(0))
-        layer.router[...] = jnp.asarray(router)
-        graph, params = nnx.split(layer)
+    def layer_loss(params: Any, x: Any) -> Any:
+        y, stats = nnx.merge(graph, params)(x, mask, tokens=ids, sequences=1, train=True, rng=None)
+        return jnp.sum(y) + stats.load_balance_loss
 
-        def layer_loss(params: Any, x: Any) -> Any:
-            y, stats = nnx.merge(graph, params)(x, mask, tokens=ids, sequences=1, train=True, rng=None)
-            return jnp.sum(y) + stats.load_balance_loss
+    def inputs(*leading: int) -> tuple[Any, Any]:
+        return jnp.ones((*leading, emb_dim)), jnp.ones((*leading, mlp_dim))
 
-        return compiled(jax.grad(layer_loss, argnums=(0, 1)), params, x), (params, x)
-
-    def floor_program() -> tuple[Any, tuple[Any, ...]]:
-        def pair(*leading: int) -> tuple[Any, Any]:
-            return jnp.ones((*leading, emb_dim)), jnp.ones((*leading, mlp_dim))
-
-        kernels = jnp.ones((experts, emb_dim, mlp_dim)), jnp.ones((experts, mlp_dim, emb_dim))
-        if what == "slots":
-            arrays = (*pair(experts, capacity), *kernels)
-            return compiled(products, *arrays), arrays
-        lists = [(*pair(count), *each) for count, *each in zip(counts, *kernels, strict=True)]
-        return compiled(lambda lists: [products(*each) for each in lists], lists), (lists,)
-
-    program, arguments = floor_program() if is_floor else layer_program()
+    if method == "dropless":
+        floor, floor_arguments = each_by_itself, ([(*inputs(n), wi[i], wo[i]) for i, n in enumerate(counts)],)
+    else:
+        floor, floor_arguments = products, (*inputs(experts, capacity), wi, wo)
+    layer_program = compiled(jax.grad(layer_loss, argnums=(0, 1)), params, x)
     dense_program = compiled(jax.grad(dense_loss, argnums=(0, 1)), dense_params, x)
+    floor_program = compiled(floor, *floor_arguments)
     seconds = times(
         {
-            what: lambda: jax.block_until_ready(program(*arguments)),
+            "layer": lambda: jax.block_until_ready(layer_program(params, x)),
+            "floor": lambda: jax.block_until_ready(floor_program(*floor_arguments)),
             "dense": lambda: jax.block_until_ready(dense_program(dense_params, x)),
         },
         repeats,
     )
-    memory = program.memory_analysis()
+    memory = layer_program.memory_analysis()
     assert memory is not None
-    return row | {
-        "cpu_seconds": seconds[what][1],
+    return {
+        "system": "switch_t5",
+        "size": size,
+        "experts": experts,
+        "dispatch": method,
+        "routes": routes,
+        "cpu_seconds": seconds["layer"][1],
+        "floor_cpu_seconds": seconds["floor"][1],
         "dense_cpu_seconds": seconds["dense"][1],
-        "wall_seconds": seconds[what][0],
+        "wall_seconds": seconds["layer"][0],
         "temporary_bytes": memory.temp_size_in_bytes,
-        "dispatched_bytes": 4 * (TOKENS if what == "dropless" else experts * capacity) * (2 * emb_dim + mlp_dim),
+        "dispatched_bytes": 4 * (TOKENS if method == "dropless" else experts * capacity) * (2 * emb_dim + mlp_dim),
         "largest_load": max(counts),
     }
+
+
+def each_by_itself(experts: Any) -> Any:
+    """:func:`products` of each expert."""
+    return [products(*expert) for expert in experts]
 
 
 def compiled(function: Any, *arguments: Any) -> Any:

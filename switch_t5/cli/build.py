@@ -66,7 +66,17 @@ class RunSpec:
             raise ConfigError(
                 "CheckpointConfig.keep_best", f"must be one of {', '.join(EVALUATION_METRICS)}, got {best!r}."
             )
+        spec._check_load_loss()
         return spec
+
+    def _check_load_loss(self) -> None:
+        layers = [moe for decoder in (False, True) for moe in self.transformer.sparse_configs(decoder=decoder)]
+        if self.loss.load_loss_weight and all(moe.router.exploration != "gaussian" for moe in layers):
+            raise ConfigError(
+                "LossConfig.load_loss_weight",
+                f"is {self.loss.load_loss_weight}, but the load loss is of gaussian noise, which no router here has; "
+                "set RouterConfig.exploration = 'gaussian', or the weight to 0.",
+            )
 
 
 class Run:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     device = jax.devices()[0].device_kind
     print(f"{len(chosen)} cells on {jax.device_count()} {device}, jax {jax.__version__}", file=sys.stderr)
     print(
-        "| router | dispatch | dtype | mesh | worst error | in | within |\n|---|---|---|---|---|---|---|",
+        "| router | layer | dispatch | dtype | mesh | worst error | in | within |\n|---|---|---|---|---|---|---|---|",
         file=sys.stderr,
     )
     rows, is_green = [], True
@@ -43,11 +43,8 @@ def run(args: argparse.Namespace) -> int:
         quantity, error = result.worst
         is_green &= result.is_green
         verdict = f"{result.bound:.0e}" if result.is_green else f"{result.bound:.0e}: NO"
-        print(
-            f"| {cell.router} | {cell.dispatch} | {cell.dtype} | {cell.mesh} | {error:.1e} | {quantity} | {verdict} |",
-            file=sys.stderr,
-            flush=True,
-        )
+        names = cell.router, cell.layer, cell.dispatch, cell.dtype, cell.mesh
+        print(f"| {' | '.join(names)} | {error:.1e} | {quantity} | {verdict} |", file=sys.stderr, flush=True)
         rows.append(
             {
                 **dataclasses.asdict(cell),

@@ -1,4 +1,4 @@
-"""The sparse layer beside the oracle: every router, dispatch, dtype and mesh, compared in every quantity.
+"""The sparse layer beside the oracle: every router, form, dispatch, dtype and mesh, compared in every quantity.
 
 A cell runs :class:`SwitchFeedForward` as a model does, compiled, on the devices at hand, and reports the worst error
 of each quantity against :mod:`switch_t5.conformance.oracle`. All have to agree within a bound that
@@ -19,11 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from switch_t5.conformance import oracle
-from switch_t5.conformance.routers import ROUTERS
-from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.conformance.layers import LAYERS, PLAIN, Evaluation, Example, Layer, evaluate, found_places, places_of
+from switch_t5.conformance.routers import ROUTERS, Router
+from switch_t5.layers.moe import SwitchFeedForward, layer_keys
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
 from switch_t5.partitioning.rules import named_sharding, partitioned
+from switch_t5.routing.assignment import Assignment
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import RouterConfig
 
@@ -36,8 +38,11 @@ DataType = Literal["float32", "bfloat16"]
 BOUNDS: dict[DataType, float] = {"float32": 2e-5, "bfloat16": 3e-2}
 """Relative to the largest entry. bfloat16 has 8 bits, and the experts two products in a row."""
 
-LOSS_WEIGHTS = {"load_balance_loss": 0.5, "router_z_loss": 0.25, "importance_loss": 0.125}
+LOSS_WEIGHTS = {"load_balance_loss": 0.5, "router_z_loss": 0.25, "importance_loss": 0.125, "load_loss": 0.25}
 """Of the losses, in the scalar whose gradient is compared; large, so that none can hide."""
+
+KEY = jax.random.key(11)
+"""Of noisy logits."""
 
 BIAS = np.linspace(-0.3, 0.3, EXPERTS)
 MESHES: dict[str, MeshConfig] = {
@@ -56,6 +61,11 @@ class Cell:
     dispatch: DispatchMethod = "gather"
     dtype: DataType = "float32"
     mesh: str = "1 device"
+    layer: str = PLAIN
+
+
+FORMS_MESHES = ("1 device", "2 x 2 x 2")
+"""Where the layer's other forms are tried; they do not touch how a mesh is used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +98,13 @@ def cells(device_count: int) -> Iterator[Cell]:
     for mesh, config in MESHES.items():
         if (config.num_devices or 1) > device_count:
             continue
-        for router in ROUTERS:
-            for dispatch in dispatches(router):
-                for dtype in BOUNDS:
-                    yield Cell(router, dispatch, dtype, mesh)
+        for name, layer in LAYERS.items():
+            if name != PLAIN and mesh not in FORMS_MESHES:
+                continue
+            for router in ROUTERS if layer.router is None else [layer.router]:
+                for dispatch in dispatches(router):
+                    for dtype in BOUNDS:
+                        yield Cell(router, dispatch, dtype, mesh, name)
 
 
 def dispatches(router: str) -> tuple[DispatchMethod, ...]:
@@ -101,9 +114,9 @@ def dispatches(router: str) -> tuple[DispatchMethod, ...]:
 
 def check(cell: Cell) -> Result:
     """Runs a cell's layer and its gradient, and compares them with the oracle's."""
-    inputs = example_inputs(cell.dtype)
-    expected = expected_values(cell.router, cell.dtype, None if cell.dispatch == "dropless" else CAPACITY)
-    actual = actual_values(cell, inputs)
+    capacity = None if cell.dispatch == "dropless" else CAPACITY
+    expected = expected_values(cell.router, cell.dtype, capacity, cell.layer)
+    actual = actual_values(cell, example_inputs(cell.dtype, cell.layer))
     errors = {name: relative_error(actual[name], value) for name, value in expected.items()}
     return Result(cell, errors, BOUNDS[cell.dtype])
 
@@ -118,89 +131,103 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(difference.max() / (scale if scale > 0 else 1.0))
 
 
-def example_inputs(dtype: DataType) -> dict[str, np.ndarray]:
+def example_inputs(dtype: DataType, layer: str = PLAIN) -> dict[str, np.ndarray]:
     """Arrays that overflow experts, with padding and a sequence of padding alone, exact in ``dtype``."""
     random = np.random.default_rng(0)
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return np.asarray(jnp.asarray(values, jnp.float32).astype(dtype).astype(jnp.float32), np.float64)
 
-    mask = np.arange(LENGTH) < np.array([10, 7, 0, 9])[:, None]
-    return {
+    inputs = {
         "x": rounded(random.normal(size=(BATCH, LENGTH, FEATURES)) + 0.5),
         "router": rounded(random.normal(size=(FEATURES, EXPERTS))),
-        "wi": rounded(random.normal(size=(EXPERTS, FEATURES, HIDDEN)) / 2),
-        "wo": rounded(random.normal(size=(EXPERTS, HIDDEN, FEATURES)) / 2),
         "cotangent": rounded(random.normal(size=(BATCH, LENGTH, FEATURES))),
-        "mask": mask,
+        "mask": np.arange(LENGTH) < np.array([10, 7, 0, 9])[:, None],
         "tokens": random.integers(1, 100, (BATCH, LENGTH)),
     }
+    form = LAYERS[layer]
+    shapes = {**dict.fromkeys(form.into, (FEATURES, HIDDEN)), "wo": (HIDDEN, FEATURES)}
+    for name, shape in shapes.items():
+        inputs[name] = rounded(random.normal(size=(EXPERTS, *shape)) / 2)
+        if form.num_shared_experts:
+            inputs[f"shared/{name}"] = rounded(random.normal(size=shape) / 2)
+    return inputs
 
 
 @functools.cache
-def expected_values(router: str, dtype: DataType, capacity: int | None = CAPACITY) -> dict[str, np.ndarray]:
-    """The oracle's output, losses, statistics and gradients on :func:`example_inputs`."""
-    inputs = example_inputs(dtype)
-    spec, mask, tokens = ROUTERS[router], inputs["mask"], inputs["tokens"]
+def expected_values(
+    router: str, dtype: DataType, capacity: int | None = CAPACITY, layer: str = PLAIN
+) -> dict[str, np.ndarray]:
+    """The oracle's output, losses, statistics, routes and gradients on :func:`example_inputs`."""
+    inputs = example_inputs(dtype, layer)
+    spec: Router = ROUTERS[router]
+    shape = (BATCH, LENGTH, EXPERTS)
+    noise = np.asarray(jax.random.normal(layer_keys(KEY).choice, shape, jnp.float32), np.float64)
+    example = Example(inputs["mask"], inputs["tokens"], capacity, BIAS, noise)
 
-    def evaluate(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray, list[oracle.Route]]:
-        logits = arrays["x"] @ arrays["router"]
-        routes = spec.routes(logits, mask, tokens, capacity, BIAS)
-        output = oracle.combine(arrays["x"], routes, (arrays["wi"],), arrays["wo"], ("relu",))
-        return {"output": output, **spec.losses(logits, mask, routes)}, logits, routes
+    def evaluated(arrays: dict[str, np.ndarray]) -> Evaluation:
+        return evaluate(LAYERS[layer], spec, arrays, example)
 
     def scalar(arrays: dict[str, np.ndarray]) -> Any:
-        values, _, _ = evaluate(arrays)
-        losses = sum(weight * values[name] for name, weight in LOSS_WEIGHTS.items())
-        return (values["output"] * inputs["cotangent"]).sum() + losses
+        found = evaluated(arrays)
+        losses = sum(LOSS_WEIGHTS[name] * value for name, value in found.losses.items())
+        return (found.output * inputs["cotangent"]).sum() + losses
 
-    arrays = {name: inputs[name] for name in ("x", "router", "wi", "wo")}
-    values, logits, routes = evaluate(arrays)
+    arrays = {name: value for name, value in inputs.items() if name not in ("cotangent", "mask", "tokens")}
+    found = evaluated(arrays)
     gradients = oracle.gradients(scalar, arrays)
     if spec.probs is None:
         del gradients["router"]
     return {
-        **values,
-        **spec.statistics(logits, mask, routes),
+        "output": found.output,
+        "routes": places_of(found.routes, shape, has_slots=capacity is not None),
+        **found.losses,
+        **found.statistics,
         **{f"gradient of {name}": value for name, value in gradients.items()},
     }
 
 
 def actual_values(cell: Cell, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The layer's output, losses, statistics and gradients."""
-    spec, mesh = ROUTERS[cell.router], make_mesh(MESHES[cell.mesh])
-    layer = make_layer(spec.config, cell.dispatch, inputs)
-    graph, params = nnx.split(layer)
+    """The layer's output, losses, statistics, routes and gradients."""
+    form, mesh = LAYERS[cell.layer], make_mesh(MESHES[cell.mesh])
+    graph, params = nnx.split(make_layer(ROUTERS[cell.router].config, cell.dispatch, inputs, form))
     params = jax.tree.map(lambda leaf: _placed(mesh, leaf), params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     arrays = {
         name: _place(mesh, inputs[name], cell.dtype if name in ("x", "cotangent") else None)
         for name in ("x", "cotangent", "mask", "tokens")
     }
+    rng = KEY if form.is_noisy else None
 
     def scalar(params: Any, x: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
-        output, stats = nnx.merge(graph, params)(
-            x, arrays["mask"], tokens=arrays["tokens"], sequences=1, train=True, rng=None
-        )
+        layer, mask, tokens = nnx.merge(graph, params), arrays["mask"], arrays["tokens"]
+        output, stats = layer(x, mask, tokens=tokens, sequences=1, train=True, rng=rng)
         losses = sum((weight * getattr(stats, name) for name, weight in LOSS_WEIGHTS.items()), jnp.zeros(()))
         product = output.astype(jnp.float32) * arrays["cotangent"].astype(jnp.float32)
-        return jnp.sum(product) + losses, (output, stats)
+        # Groups are sequences here.
+        seen = jnp.where(mask[..., None], x, 0) if form.padding == "zeroed" else x
+        routing, _ = layer.route(seen, mask, tokens, train=True, keys=layer_keys(rng))
+        return jnp.sum(product) + losses, (output, stats, routing.assignment)
 
     with partitioned(mesh):
         step = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
-        (_, (output, stats)), (d_params, d_x) = step(params, arrays["x"], arrays)
+        (_, (output, stats, chosen)), (d_params, d_x) = step(params, arrays["x"], arrays)
     gradients = nnx.to_pure_dict(d_params)
     names = ["tokens", "expert_load", "dropped", "router_entropy", "router_confidence", *LOSS_WEIGHTS]
+    slot = np.asarray(chosen.slot) if isinstance(chosen, Assignment) else None
     return {
         "output": np.asarray(output, np.float64),
+        "routes": found_places(np.asarray(chosen.expert), slot, EXPERTS, CAPACITY),
         **{name: np.asarray(getattr(stats, name)) for name in names},
         "gradient of x": np.asarray(d_x, np.float64),
-        "gradient of wi": np.asarray(gradients["experts"]["wi"]),
-        "gradient of wo": np.asarray(gradients["experts"]["wo"]),
+        **{f"gradient of {name}": np.asarray(value) for name, value in gradients["experts"].items()},
+        **{f"gradient of shared/{name}": np.asarray(v) for name, v in gradients.get("shared_experts", {}).items()},
         **({"gradient of router": np.asarray(gradients["router"])} if "router" in gradients else {}),
     }
 
 
-def make_layer(config: RouterConfig, dispatch: DispatchMethod, inputs: dict[str, np.ndarray]) -> SwitchFeedForward:
+def make_layer(
+    config: RouterConfig, dispatch: DispatchMethod, inputs: dict[str, np.ndarray], form: Layer = LAYERS[PLAIN]
+) -> SwitchFeedForward:
     """The layer with the example's parameters."""
     moe = MoEConfig(
         EXPERTS,
@@ -211,9 +238,11 @@ def make_layer(config: RouterConfig, dispatch: DispatchMethod, inputs: dict[str,
         jitter_noise=0.0,
         dispatch=dispatch,
     )
-    layer = SwitchFeedForward(moe, FEATURES, HIDDEN, ("relu",), "paper", rngs=nnx.Rngs(0))
-    layer.experts.wi[...] = jnp.asarray(inputs["wi"], jnp.float32)
-    layer.experts.wo[...] = jnp.asarray(inputs["wo"], jnp.float32)
+    layer = SwitchFeedForward(form.adapt(moe), FEATURES, HIDDEN, form.activations, "paper", rngs=nnx.Rngs(0))
+    for name in (*form.into, "wo"):
+        getattr(layer.experts, name)[...] = jnp.asarray(inputs[name], jnp.float32)
+        if form.num_shared_experts:
+            getattr(layer.shared_experts, name)[...] = jnp.asarray(inputs[f"shared/{name}"], jnp.float32)
     if config.has_kernel:
         layer.router[...] = jnp.asarray(inputs["router"], jnp.float32)
     if config.has_bias:

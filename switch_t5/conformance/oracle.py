@@ -247,6 +247,16 @@ def _limited_experts(selection: Array, num_groups: int, num_limited: int) -> lis
     return [expert for expert in range(len(selection)) if expert // len(groups[0]) in kept]
 
 
+def hashed(tokens: Array, num_experts: int) -> Array:
+    """Two rounds of multiply and shift on 32 bits (the first two primes of xxHash)."""
+    result = np.empty(np.shape(tokens), np.int64)
+    for index in np.ndindex(result.shape):
+        bits = int(tokens[index]) * 0x9E3779B1 % 2**32
+        bits = (bits ^ bits >> 15) * 0x85EBCA77 % 2**32
+        result[index] = (bits ^ bits >> 13) % num_experts
+    return result
+
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.where(np.real(x) > 0, x, 0.0),
     "linear": lambda x: x,

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.conformance import oracle
-from switch_t5.routing.choice import hashed
 from switch_t5.routing.router import RouterConfig
 
 Routes = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None, np.ndarray], list[oracle.Route]]
@@ -139,7 +137,7 @@ ROUTERS: dict[str, Router] = {
     "hash": Router(
         RouterConfig(router="hash"),
         lambda logits, mask, tokens, capacity, bias: oracle.given(
-            np.asarray(hashed(jnp.asarray(tokens), logits.shape[-1])), mask, capacity
+            oracle.hashed(tokens, logits.shape[-1]), mask, capacity
         ),
         probs=None,
     ),

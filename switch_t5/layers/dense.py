@@ -9,12 +9,12 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from switch_t5.layers.dropout import drop, dropout_mask, dropout_of_rows
+from switch_t5.layers.dropout import drop, dropout_mask, row_dropout_mask
 from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
-from switch_t5.partitioning.rules import constrain, is_partitioned, target_platform
+from switch_t5.partitioning.rules import constrain, target_platform
 from switch_t5.types import Array, Axes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -69,8 +69,9 @@ class FeedForward(nnx.Module):
         hidden_axes: Axes = (),
         dropout_rate: float,
         rng: Array | None,
-        sizes: Array | None = None,
         numbers: Array | None = None,
+        sizes: Array | None = None,
+        most: int | None = None,
     ) -> Array:
         """Applies the layer.
 
@@ -80,8 +81,10 @@ class FeedForward(nnx.Module):
           hidden_axes: the hidden activation's logical axes; of no use for rows.
           dropout_rate: of the hidden activation.
           rng: None in evaluation.
+          numbers: ``[expert, tokens]`` or ``[rows]`` int32, what a row's dropout is drawn by; None where there are no
+            experts, for T5 shares a draw along a sequence.
           sizes: ``[expert]`` int32, how many of the rows are each expert's.
-          numbers: ``[rows]`` int32, what a row's dropout is drawn by.
+          most: what no expert has more rows of; None for any number.
 
         Returns:
           The shape and dtype of ``x``. Of experts whose hidden activations are split over devices, in
@@ -89,19 +92,20 @@ class FeedForward(nnx.Module):
         """
         into = tuple(getattr(self, name)[...].astype(x.dtype) for name in self._input_names())
         wo = self.wo[...].astype(x.dtype)
-        activate = functools.partial(_activate, self.activations)
-        if sizes is not None:
-            assert numbers is not None
-            hidden = activate(*(grouped_matmul(x, kernel, sizes) for kernel in into))
-            return grouped_matmul(dropout_of_rows(hidden, dropout_rate, rng, numbers, columns="expert_mlp"), wo, sizes)
-        # T5 shares a draw along a sequence; neighbouring slots of an expert hold tokens of any sequence.
-        shared = -2 if wo.ndim == 2 else None
-        keep = dropout_mask((*x.shape[:-1], wo.shape[-2]), dropout_rate, rng, broadcast_dim=shared)
-        if wo.ndim == 3 and target_platform() == "cpu" and not is_partitioned():
-            dropped = lambda keep, *branches: drop(activate(*branches), keep, dropout_rate)  # noqa: E731
-            return expert_loop(dropped, x, into, wo, keep)
-        hidden = constrain(activate(*(x @ kernel for kernel in into)), hidden_axes)
-        return drop(hidden, keep, dropout_rate) @ wo
+        mlp_dim = wo.shape[-2]
+        if numbers is None:
+            keep = dropout_mask((*x.shape[:-1], mlp_dim), dropout_rate, rng, broadcast_dim=-2)
+        else:
+            keep = row_dropout_mask(numbers, mlp_dim, dropout_rate, rng, columns="expert_mlp")
+
+        def hidden(keep: Array | None, *branches: Array) -> Array:
+            return drop(_activate(self.activations, *branches), keep, dropout_rate)
+
+        if sizes is None:
+            return constrain(hidden(keep, *(x @ kernel for kernel in into)), hidden_axes) @ wo
+        if target_platform() == "cpu":
+            return expert_loop(hidden, most, x, into, wo, keep, sizes)
+        return grouped_matmul(hidden(keep, *(grouped_matmul(x, kernel, sizes) for kernel in into)), wo, sizes)
 
 
 def _activate(activations: tuple[str, ...], *branches: Array) -> Array:

@@ -38,25 +38,27 @@ def drop(x: Array, keep: Array | None, rate: float) -> Array:
     return x if keep is None else jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
-def dropout_of_rows(x: Array, rate: float, rng: Array | None, numbers: Array, *, columns: str) -> Array:
-    """:func:`dropout` whose draw for a row follows from its number alone, wherever the row stands.
+def row_dropout_mask(numbers: Array, width: int, rate: float, rng: Array | None, *, columns: str) -> Array | None:
+    """:func:`dropout_mask` whose draw for a row follows from the row's number alone, wherever the row stands.
 
     Args:
-      x: ``[rows, columns]``, or this device's columns of it in :func:`switch_t5.partitioning.rules.per_shard`.
+      numbers: ``[...]`` int32, one of each row.
+      width: columns of a row; this device's in :func:`switch_t5.partitioning.rules.per_shard`.
       rate: in [0, 1).
       rng: None in evaluation.
-      numbers: ``[rows]`` int32.
       columns: the logical axis of the columns.
+
+    Returns:
+      ``[..., width]`` bool; None for all.
     """
     if rng is None or rate == 0:
-        return x
-    width = x.shape[1]
+        return None
 
     def keep(number: Array) -> Array:
         whole = jax.random.bernoulli(jax.random.fold_in(rng, number), 1 - rate, (width * shard_count(columns),))
         return jax.lax.dynamic_slice_in_dim(whole, shard_index(columns) * width, width)
 
-    return drop(x, jax.vmap(keep)(numbers), rate)
+    return jax.vmap(keep)(numbers.reshape(-1)).reshape(*numbers.shape, width)
 
 
 def split_rng(rng: Array | None, count: int) -> list[Array | None]:

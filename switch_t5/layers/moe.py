@@ -9,7 +9,7 @@ one they are sorted by expert, and every device works on what its own experts ar
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,17 @@ from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.layers.parameter import parameter, parameter_axes
-from switch_t5.partitioning.rules import constrain, gather_shards, per_shard, shard_count, shard_index, sum_shards
-from switch_t5.routing.assignment import Assignment, Choices, sort_by_expert
+from switch_t5.partitioning.rules import (
+    constrain,
+    gather_shards,
+    is_partitioned,
+    per_shard,
+    shard_count,
+    shard_index,
+    sum_shards,
+    target_platform,
+)
+from switch_t5.routing.assignment import Assignment, Choices, RowOrder, filled_slots, sort_by_expert
 from switch_t5.routing.balance import RouterStats, router_stats
 from switch_t5.routing.capacity import group_shape
 from switch_t5.routing.dispatch import combine_rows, dispatch_rows, dispatcher
@@ -32,6 +41,23 @@ TOKEN_AXES = ("batch", None)
 CHOICE_AXES = ("batch", None, None)
 DISPATCHED_AXES = ("batch", None, None)
 EXPERT_AXES = ("expert", "expert_batch", None)
+
+
+class LayerKeys(NamedTuple):
+    """What a layer draws with: at the router's input, for its choice, in the experts and in the shared experts."""
+
+    input: Array | None
+    choice: Array | None
+    experts: Array | None
+    shared: Array | None
+
+
+def layer_keys(rng: Array | None) -> LayerKeys:
+    """The keys of a layer that is given ``rng``; None throughout where nothing is random."""
+    # The first two of four keys would differ from the two that a plain Switch layer has always drawn.
+    first, second = split_rng(rng, 2)
+    third, fourth = split_rng(None if rng is None else jax.random.fold_in(rng, 1), 2)
+    return LayerKeys(input=first, choice=third, experts=second, shared=fourth)
 
 
 class SparseLayer(nnx.Module):
@@ -78,44 +104,47 @@ class SparseLayer(nnx.Module):
         """
         batch, length, emb_dim = x.shape
         groups, size = group_shape(batch, length, self.config.group_size, sequences)
-        input_rng, choice_rng, dropout_rng, shared_rng = self._rngs(rng)
+        keys = layer_keys(rng)
         x = constrain(x.reshape(groups, size, emb_dim), (*TOKEN_AXES, self.in_axis))
         real, tokens = mask.reshape(groups, size), tokens.reshape(groups, size)
         if self.config.padding == "zeroed":
             x = jnp.where(real[..., None], x, 0)
 
-        routing, stats = self._route(x, real, tokens, train, input_rng, choice_rng)
-        if isinstance(routing.assignment, Assignment):
-            combined = self._apply_to_slots(x, routing.assignment, dropout_rng)
+        routing, stats = self.route(x, real, tokens, train=train, keys=keys)
+        if not isinstance(routing.assignment, Assignment):
+            combined = self._apply_to_choices(x, routing.assignment, keys.experts)
+        elif self._leaves_out_empty_slots():
+            combined = self._apply_to_filled_slots(x, routing.assignment, keys.experts)
         else:
-            combined = self._apply_to_rows(x, routing.assignment, dropout_rng)
+            combined = self._apply_to_slots(x, routing.assignment, keys.experts)
         if self.config.num_shared_experts:
             rate = self.config.expert_dropout_rate
-            combined += self.shared_experts(x, hidden_axes=("batch", None, "mlp"), dropout_rate=rate, rng=shared_rng)
+            combined += self.shared_experts(x, hidden_axes=("batch", None, "mlp"), dropout_rate=rate, rng=keys.shared)
         return combined.reshape(batch, length, -1), stats
 
-    def _rngs(self, rng: Array | None) -> list[Array | None]:
-        """Keys for the router's input, its choice, the experts and the shared experts."""
-        # The first two of four keys would differ from the two that a plain Switch layer has always drawn.
-        first, second = split_rng(rng, 2)
-        third, fourth = split_rng(None if rng is None else jax.random.fold_in(rng, 1), 2)
-        return [first, third, second, fourth]
-
-    def _route(
-        self, x: Array, real: Array, tokens: Array, train: bool, input_rng: Array | None, choice_rng: Array | None
+    def route(
+        self, x: Array, real: Array, tokens: Array, *, train: bool, keys: LayerKeys
     ) -> tuple[Routing, RouterStats]:
-        """What the router decides about ``[G, S, D]``, and its statistics."""
+        """What the router decides, and its statistics.
+
+        Args:
+          x: ``[G, S, D]``.
+          real: ``[G, S]`` bool, False for padding.
+          tokens: ``[G, S]`` int32, entries of the vocabulary.
+          train: as in a call.
+          keys: of :func:`layer_keys`.
+        """
         config, everyone = self.config, jnp.ones_like(real)
         asking = everyone if config.padding in ("zeroed", "routed") else real
-        logits, counted = self._router_logits(x, everyone if config.padding == "counted" else asking, input_rng)
+        logits, counted = self._router_logits(x, everyone if config.padding == "counted" else asking, keys.input)
         mask = counted & asking
 
         def choose(mask: Array) -> Routing:
             capacity = None if config.dispatch == "dropless" else config.capacity(real.shape[-1], train)
             if logits is None:
-                return route_without_logits(config.router, config.num_experts, capacity, mask, tokens, rng=choice_rng)
+                return route_without_logits(config.router, config.num_experts, capacity, mask, tokens, rng=keys.choice)
             bias = jax.lax.stop_gradient(self.router_bias[...]) if config.router.has_bias else None
-            return route(config.router, logits, capacity, mask, bias=bias, train=train, rng=choice_rng)
+            return route(config.router, logits, capacity, mask, bias=bias, train=train, rng=keys.choice)
 
         routing = choose(mask)
         if config.padding == "counted":
@@ -151,12 +180,22 @@ class SparseLayer(nnx.Module):
             hidden_axes=("expert", "expert_batch", "expert_mlp"),
             dropout_rate=self.config.expert_dropout_rate,
             rng=rng,
+            numbers=jnp.arange(experts * groups * capacity, dtype=jnp.int32).reshape(experts, -1),
         )
         outputs = constrain(outputs.reshape(experts, groups, capacity, -1), (*EXPERT_AXES, self.out_axis))
         outputs = constrain(jnp.swapaxes(outputs, 0, 1), (*DISPATCHED_AXES, self.out_axis))
         return constrain(method.combine(outputs, assignment), (*TOKEN_AXES, self.out_axis))
 
-    def _apply_to_rows(self, x: Array, choices: Choices, rng: Array | None) -> Array:
+    def _leaves_out_empty_slots(self) -> bool:
+        """Whether slots are to be rows: one CPU device has no all-to-all, and multiplies as many rows as there are."""
+        return self.config.dispatch != "einsum" and target_platform() == "cpu" and not is_partitioned()
+
+    def _apply_to_filled_slots(self, x: Array, assignment: Assignment, rng: Array | None) -> Array:
+        """:meth:`_apply_to_slots` without the slots that nobody has."""
+        most = assignment.slot.shape[0] * assignment.capacity
+        return self._apply_to_rows(self.experts, x, assignment.weight, filled_slots(assignment), most, rng)
+
+    def _apply_to_choices(self, x: Array, choices: Choices, rng: Array | None) -> Array:
         """``[G, S, D]`` to ``[G, S, out]`` without capacity.
 
         An all-to-all has blocks of one size, which a router without capacity does not give. So the devices that
@@ -166,25 +205,31 @@ class SparseLayer(nnx.Module):
 
         def on_a_shard(params: nnx.State, x: Array, expert: Array, weight: Array, rng: Array | None) -> Array:
             x, expert, weight = (gather_shards(value, "expert") for value in (x, expert, weight))
-            groups, size, emb_dim = x.shape
-            expert, weight = (value.reshape(groups * size, -1) for value in (expert, weight))
-            experts = nnx.merge(graph, params)
             mine = self.config.num_experts // shard_count("expert")
-            order = sort_by_expert(expert - shard_index("expert") * mine, mine)
-            outputs = experts(
-                dispatch_rows(x.reshape(groups * size, emb_dim), order),
-                sizes=order.sizes,
-                # A choice's number in the batch, which is the same on every mesh.
-                numbers=order.entry + shard_index("expert_batch") * expert.size,
-                dropout_rate=self.config.expert_dropout_rate,
-                rng=rng,
-            )
-            combined = combine_rows(outputs, weight, order).reshape(groups, size, -1)
+            order = sort_by_expert(expert.reshape(-1, expert.shape[-1]) - shard_index("expert") * mine, mine)
+            # A choice's number in the batch, which is the same on every mesh.
+            order = dataclasses.replace(order, number=order.entry + shard_index("expert_batch") * expert.size)
+            combined = self._apply_to_rows(nnx.merge(graph, params), x, weight, order, None, rng)
             return sum_shards(combined, scatter="expert", over=self.summed_axis)
 
         token_axes, out_axes = (*TOKEN_AXES, self.in_axis), (*TOKEN_AXES, self.out_axis)
         in_axes = (parameter_axes(params), token_axes, CHOICE_AXES, CHOICE_AXES, None)
         return per_shard(on_a_shard, in_axes, out_axes)(params, x, choices.expert, choices.weight, rng)
+
+    def _apply_to_rows(
+        self, experts: Any, x: Array, weight: Array, order: RowOrder, most: int | None, rng: Array | None
+    ) -> Array:
+        """``[G, S, D]`` and weights ``[G, S, K]`` to ``[G, S, out]``, through rows sorted by expert."""
+        groups, size, emb_dim = x.shape
+        outputs = experts(
+            dispatch_rows(x.reshape(groups * size, emb_dim), order),
+            dropout_rate=self.config.expert_dropout_rate,
+            rng=rng,
+            numbers=order.number,
+            sizes=order.sizes,
+            most=most,
+        )
+        return combine_rows(outputs, weight.reshape(groups * size, -1), order).reshape(groups, size, -1)
 
 
 class SwitchFeedForward(SparseLayer):

@@ -77,8 +77,9 @@ class LinearExperts(nnx.Module):
         hidden_axes: Axes = (),
         dropout_rate: float = 0.0,
         rng: Array | None = None,
-        sizes: Array | None = None,
         numbers: Array | None = None,
+        sizes: Array | None = None,
+        most: int | None = None,
     ) -> Array:
         """Applies each expert to its own tokens.
 
@@ -87,26 +88,27 @@ class LinearExperts(nnx.Module):
           hidden_axes: of no use, as all that a feed-forward is told of its hidden activation: there is none.
           dropout_rate: of no use.
           rng: of no use.
-          sizes: ``[expert]`` int32, how many of the rows are each expert's.
           numbers: of no use.
+          sizes: ``[expert]`` int32, how many of the rows are each expert's.
+          most: what no expert has more rows of; None for any number.
 
         Returns:
           ``[expert, tokens, heads * names * kv]``, so that the heads of several projections split as one dim; for
           ``out`` ``[expert, tokens, embed]``; or rows of either. The dtype is that of ``x``.
         """
         del hidden_axes, dropout_rate, rng, numbers
-        outputs = [self._apply(x, getattr(self, name)[...], sizes) for name in self.names]
+        outputs = [self._apply(x, getattr(self, name)[...], sizes, most) for name in self.names]
         if len(outputs) == 1:
             return outputs[0].astype(x.dtype)
         heads, kv = getattr(self, self.names[0])[...].shape[-2:]
         apart = [y.reshape(*y.shape[:-1], heads, kv) for y in outputs]
         return jnp.stack(apart, axis=-2).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
-    def _apply(self, x: Array, kernel: Array, sizes: Array | None) -> Array:
+    def _apply(self, x: Array, kernel: Array, sizes: Array | None, most: int | None) -> Array:
         into = x.shape[-1]
         matrices = kernel.reshape(kernel.shape[0], into, -1).astype(self.dtype)
         if sizes is not None:
-            return grouped_matmul(x.astype(self.dtype), matrices, sizes)
+            return grouped_matmul(x.astype(self.dtype), matrices, sizes, most)
         # Accelerators multiply float32 in fewer bits unless asked, and then nothing would be gained over bfloat16.
         raised = self.dtype == "float32" and x.dtype != jnp.float32
         precision = jax.lax.Precision.HIGHEST if raised else None

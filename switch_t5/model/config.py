@@ -111,6 +111,12 @@ class TransformerConfig:
                 f"must be above half of relpos_num_buckets, {self.relpos_num_buckets // 2}, got "
                 f"{self.relpos_max_distance}.",
             )
+        if self.decoder_moe is not None and self.moe is None:
+            raise ConfigError(
+                "TransformerConfig.decoder_moe",
+                "has no effect without TransformerConfig.moe, of which it is the decoder's variant; for sparse layers "
+                "in the decoder alone set moe, and encoder_sparse_layers = 'none'.",
+            )
         self._check_attention()
         for decoder in (False, True):
             self._check_sparse_layers(decoder=decoder)

@@ -70,17 +70,19 @@ class Assignment(Choices):
 
 @dataclasses.dataclass(frozen=True)
 class RowOrder:
-    """N tokens' choices in the order of their experts, without slots.
+    """N tokens' choices in R rows, sorted by expert, without slots.
 
     Attributes:
       row: ``[N, K]`` int32, a choice's place in the order; ``N * K`` where there is none.
-      entry: ``[N * K]`` int32, its inverse: ``token * K + choice``; ``N * K`` in the rows past the last choice.
+      entry: ``[R]`` int32, its inverse: ``token * K + choice``; ``N * K`` in the rows past the last choice.
       sizes: ``[E]`` int32, the rows of each expert.
+      number: ``[R]`` int32, what a row is known by on every mesh: its entry, or the slot that it stands for.
     """
 
     row: Array
     entry: Array
     sizes: Array
+    number: Array
 
 
 def sort_by_expert(expert: Array, num_experts: int) -> RowOrder:
@@ -96,7 +98,32 @@ def sort_by_expert(expert: Array, num_experts: int) -> RowOrder:
     row = _inverse(order).reshape(expert.shape)
     sizes = load_of(expert[None], num_experts)[0]
     entry = jnp.where(jnp.arange(expert.size) < jnp.sum(sizes), order[0], expert.size)
-    return RowOrder(jnp.where(is_choice, row, expert.size), entry, sizes)
+    return RowOrder(jnp.where(is_choice, row, expert.size), entry, sizes, number=entry)
+
+
+def filled_slots(assignment: Assignment) -> RowOrder:
+    """The slots that tokens have, without the empty ones, expert by expert and for one expert group by group.
+
+    There are at most as many rows as choices, and as slots. A row's number is its place in ``[E, G, C]``.
+    """
+    groups, tokens, choices = assignment.slot.shape
+    experts, capacity = assignment.num_experts, assignment.capacity
+    slots, entries = groups * experts * capacity, groups * tokens * choices
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    entry = assignment.entry.reshape(groups, experts, capacity)
+    entry = jnp.where(entry < tokens * choices, entry + group * tokens * choices, entries)
+    entry = jnp.swapaxes(entry, 0, 1).reshape(slots)
+    filled = entry < entries
+    number = jnp.sort(jnp.where(filled, jnp.arange(slots, dtype=jnp.int32), slots))[: min(slots, entries)]
+    place = (assignment.slot // capacity * groups + group) * capacity + assignment.slot % capacity
+    has_slot = assignment.slot < experts * capacity
+    row = jnp.take(jnp.cumsum(filled, dtype=jnp.int32) - 1, jnp.where(has_slot, place, 0))
+    return RowOrder(
+        row=jnp.where(has_slot, row, entries).reshape(groups * tokens, choices),
+        entry=jnp.take(entry, number, mode="fill", fill_value=entries),
+        sizes=jnp.sum(filled.reshape(experts, groups * capacity), axis=1, dtype=jnp.int32),
+        number=number,
+    )
 
 
 def assign_slots(

@@ -8,8 +8,8 @@ Two interchangeable methods compute the same function and the same gradients:
 * ``einsum`` multiplies by one-hot masks ``[G, S, E, C]`` as the paper's pseudocode does (appendix F). It costs
   a matrix multiplication as large as a dense layer's, and is kept as the reference.
 
-Without capacity there are no slots: :func:`dispatch_rows` and :func:`combine_rows` are the two verbs of ``dropless``,
-which sorts rows by expert and gathers as ``gather`` does.
+Without capacity there are no slots, and a CPU leaves empty ones out: :func:`dispatch_rows` and :func:`combine_rows` are
+the two verbs on rows that are sorted by expert, gathered as ``gather`` does.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def dispatcher(method: DispatchMethod) -> Dispatcher:
 
 
 def dispatch_rows(x: Array, order: RowOrder) -> Array:
-    """``[N, D]`` tokens to ``[N * K, D]`` rows sorted by expert; a row past the last choice is zero."""
+    """``[N, D]`` tokens to ``[R, D]`` rows sorted by expert; a row past the last choice is zero."""
     return _to_slots(x[None], order.row[None], order.entry[None] // order.row.shape[-1])[0]
 
 
 def combine_rows(y: Array, weight: Array, order: RowOrder) -> Array:
-    """``[N * K, D]`` rows to ``[N, D]``: sums over choices, each scaled by its weight ``[N, K]``."""
+    """``[R, D]`` rows to ``[N, D]``: sums over choices, each scaled by its weight ``[N, K]``."""
     return _to_tokens(y[None], weight[None].astype(y.dtype), order.row[None], order.entry[None])[0]
 
 

@@ -69,3 +69,13 @@ def test_a_group_size_without_a_divisor_of_the_length_near_it_is_refused() -> No
     lengths = "DataConfig.task_feature_lengths={'inputs': 31, 'targets': 16}"
     with pytest.raises(ConfigError, match=r"group_size is 16, but 31 tokens of inputs have no divisor near it"):
         check(lengths, "MoEConfig.group_size=16")
+
+
+def test_a_load_loss_without_gaussian_noise_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check("LossConfig.load_loss_weight=0.1")
+    assert str(caught.value) == (
+        "LossConfig.load_loss_weight is 0.1, but the load loss is of gaussian noise, which no router here has; set "
+        "RouterConfig.exploration = 'gaussian', or the weight to 0."
+    )
+    check("LossConfig.load_loss_weight=0.1", "MoEConfig.router=@RouterConfig()", "RouterConfig.exploration=gaussian")

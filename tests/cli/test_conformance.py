@@ -22,7 +22,7 @@ def test_it_prints_a_line_a_cell_and_writes_every_error(tmp_path: Path, capsys: 
     path = tmp_path / "result.json"
     assert main(["conformance", "--quick", f"--json={path}"]) == 0
     printed = capsys.readouterr().err
-    assert "| switch | gather | float32 | 1 device |" in printed
+    assert "| switch | plain | gather | float32 | 1 device |" in printed
     assert printed.endswith("all within their bounds.\n")
     rows = json.loads(path.read_text())["cells"]
     assert [row["router"] for row in rows] == ["switch", "hash"]
@@ -39,7 +39,7 @@ def test_a_cell_beyond_its_bound_makes_the_exit_code_1(
     monkeypatch.setattr(cells, "check", check)
     assert main(["conformance", "--quick"]) == 1
     printed = capsys.readouterr().err
-    assert "| hash | gather | float32 | 1 device | 1.0e+00 | output | 5e-01: NO |" in printed
+    assert "| hash | plain | gather | float32 | 1 device | 1.0e+00 | output | 5e-01: NO |" in printed
     assert printed.endswith("some cells are beyond their bound.\n")
 
 

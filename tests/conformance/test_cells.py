@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from switch_t5.conformance import cells
 from switch_t5.conformance.cells import ROUTERS, Cell, Result, check, expected_values
-from switch_t5.layers import grouped_matmul, moe, moe_config
+from switch_t5.conformance.layers import LAYERS
+from switch_t5.layers import expert_loop, moe, moe_config
 from switch_t5.routing import assignment, balance, choice, dispatch, router
 from tests.routing.routers import expected_routes, found_routes
 
@@ -23,6 +25,7 @@ DEFAULT = [
     Cell("top_2", "dropless"),
     Cell("top_3_renormalized", "dropless", mesh="2 x 2 x 2"),
     *(Cell(name, dtype="bfloat16") for name in ("switch", "top_2")),
+    *(Cell(layer.router, layer=name) for name, layer in LAYERS.items() if layer.router),
 ]
 SLOW = [cell for cell in cells.cells(8) if cell not in DEFAULT]
 
@@ -49,8 +52,9 @@ def test_the_layer_agrees_with_the_oracle_in_every_other_cell(cell: Cell) -> Non
 def test_every_combination_is_a_cell_and_fewer_devices_have_fewer() -> None:
     with_capacity_alone = sum(bool(router.config.needs_capacity) for router in ROUTERS.values())
     combinations = (3 * len(ROUTERS) - with_capacity_alone) * len(cells.BOUNDS)
-    assert len({*DEFAULT, *SLOW}) == combinations * len(cells.MESHES)
-    assert len(list(cells.cells(1))) == combinations
+    of_other_forms = (len(LAYERS) - 1) * 3 * len(cells.BOUNDS)
+    assert len({*DEFAULT, *SLOW}) == combinations * len(cells.MESHES) + of_other_forms * len(cells.FORMS_MESHES)
+    assert len(list(cells.cells(1))) == combinations + of_other_forms
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "expert_choice"])
@@ -67,7 +71,8 @@ def one_more_slot(*args: Any, **kwargs: Any) -> int:
 
 expert_capacity, counts, sum_by_token = moe_config.expert_capacity, assignment._counts, dispatch._sum_by_token
 router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, assignment.load_of, balance._importance
-top_k, plan, layer_route = choice.top_k, grouped_matmul._plan, moe.SwitchFeedForward._route
+top_k, cut, layer_route = choice.top_k, expert_loop.cut, moe.SwitchFeedForward.route
+filled_slots = moe.filled_slots
 
 
 def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -79,8 +84,8 @@ def padding_counted(layer: Any, x: jax.Array, mask: jax.Array, rng: Any) -> Any:
     return router_logits(layer, x, jnp.ones_like(mask), rng)
 
 
-def padding_routed(layer: Any, x: jax.Array, real: jax.Array, *others: Any) -> Any:
-    return layer_route(layer, x, jnp.ones_like(real), *others)
+def padding_routed(layer: Any, x: jax.Array, real: jax.Array, *others: Any, **more: Any) -> Any:
+    return layer_route(layer, x, jnp.ones_like(real), *others, **more)
 
 
 def mean_for_sum(probs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -95,9 +100,14 @@ def unscaled(rows: jax.Array, slot: jax.Array, token: jax.Array) -> jax.Array:
     return sum_by_token(rows, slot, token) / slot.shape[-1]
 
 
-def blocks_one_row_short(rows: int, sizes: jax.Array) -> Any:
-    blocks, start, rest, choice, whole = plan(rows, sizes)
-    return blocks, start, rest - 1, choice, whole
+def blocks_one_row_short(*args: Any) -> Any:
+    blocks = cut(*args)
+    return dataclasses.replace(blocks, rest=blocks.rest - 1)
+
+
+def rows_of_the_next_expert(assigned: Any) -> Any:
+    order = filled_slots(assigned)
+    return dataclasses.replace(order, sizes=jnp.roll(order.sizes, 1))
 
 
 def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
@@ -111,13 +121,15 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
         (Cell("switch"), moe_config, "expert_capacity", one_more_slot),
         (Cell("switch"), assignment, "_counts", inclusive_counts),
         (Cell("switch"), moe.SwitchFeedForward, "_router_logits", padding_counted),
-        (Cell("switch"), moe.SwitchFeedForward, "_route", padding_routed),
+        (Cell("switch"), moe.SwitchFeedForward, "route", padding_routed),
         (Cell("switch"), balance, "_importance", mean_for_sum),
         (Cell("top_2"), router, "load_of", load_after_capacity),
         (Cell("top_2"), dispatch, "_sum_by_token", unscaled),
         (Cell("sigmoid_top_k"), choice, "top_k", no_bias),
         (Cell("sinkhorn"), choice, "top_k", no_bias),
-        (Cell("switch", "dropless"), grouped_matmul, "_plan", blocks_one_row_short),
+        (Cell("switch", "dropless"), expert_loop, "cut", blocks_one_row_short),
+        (Cell("switch"), moe, "filled_slots", rows_of_the_next_expert),
+        (Cell("top_2", layer="shared expert"), moe.SwitchFeedForward, "route", padding_routed),
     ],
     ids=[
         "one slot more",
@@ -130,6 +142,8 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
         "a bias left out",
         "a plan left out",
         "an expert's last row left out",
+        "rows given to another expert",
+        "padding routed beside a shared expert",
     ],
 )
 def test_a_wrong_layer_is_caught(

@@ -79,27 +79,32 @@ def test_a_bfloat16_input_is_multiplied_in_bfloat16_by_float32_parameters() -> N
     np.testing.assert_array_equal(result, rounded)
 
 
-def expert_loss(params: nnx.State, graph: nnx.GraphDef, x: Array) -> Array:
-    hidden_axes = ("expert", "expert_batch", "expert_mlp")
-    y = nnx.merge(graph, params)(x, hidden_axes=hidden_axes, dropout_rate=0.0, rng=None)
-    return jnp.sum(jnp.sin(y))
+SIZES = (5, 0, 7, 3)
+"""Rows of each expert; one more row is nobody's."""
 
 
-def test_expert_gradients_are_those_of_the_plain_product() -> None:
-    layer = FeedForward(6, 10, ("gelu", "linear"), "t5x", num_experts=3, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 6)), jnp.float32)
+def expert_loss(params: nnx.State, graph: nnx.GraphDef, x: Array, sizes: Array) -> Array:
+    rows = {"numbers": jnp.arange(len(x)), "sizes": sizes, "most": 8}
+    return jnp.sum(jnp.sin(nnx.merge(graph, params)(x, dropout_rate=0.0, rng=None, **rows)))
+
+
+def test_expert_gradients_are_those_of_each_experts_own_product() -> None:
+    layer = FeedForward(6, 10, ("gelu", "linear"), "t5x", num_experts=4, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
     graph, params = nnx.split(layer)
-    gradients = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x)
+    gradients = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x, jnp.asarray(SIZES))
+    expert = np.repeat(np.arange(4), SIZES)
 
     def reference(params: dict[str, Array], x: Array) -> Array:
-        hidden = jax.nn.gelu(jnp.einsum("end,edf->enf", x, params["wi_0"])) * jnp.einsum(
-            "end,edf->enf", x, params["wi_1"]
-        )
-        return jnp.sum(jnp.sin(jnp.einsum("enf,efd->end", hidden, params["wo"])))
+        own = {name: kernel[expert] for name, kernel in params.items()}
+        x = x[: len(expert)]
+        hidden = jax.nn.gelu(jnp.einsum("nd,ndf->nf", x, own["wi_0"])) * jnp.einsum("nd,ndf->nf", x, own["wi_1"])
+        return jnp.sum(jnp.sin(jnp.einsum("nf,nfd->nd", hidden, own["wo"])))
 
     expected = jax.grad(reference, argnums=(0, 1))(nnx.to_pure_dict(params), x)
     for name, gradient in nnx.to_pure_dict(gradients[0]).items():
         np.testing.assert_allclose(gradient, expected[0][name], rtol=1e-4, atol=1e-5, err_msg=name)
+        assert not np.asarray(gradient[1]).any()
     np.testing.assert_allclose(gradients[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
@@ -107,12 +112,13 @@ def test_an_update_on_one_device_overwrites_expert_kernels_without_copying_them(
     layer = FeedForward(16, 24, ("relu",), "t5x", num_experts=4, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
 
-    def update(params: nnx.State, x: Array) -> tuple[nnx.State, Array]:
+    def update(params: nnx.State, x: Array, sizes: Array) -> tuple[nnx.State, Array]:
         # The gradient of the input, which reads the kernels last, is wanted as it is inside a model.
-        gradients, d_x = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x)
+        gradients, d_x = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x, sizes)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), d_x
 
-    text = jax.jit(update, donate_argnums=0).lower(params, jnp.ones((4, 8, 16))).compile().as_text()
+    arguments = params, jnp.ones((32, 16)), jnp.asarray(SIZES)
+    text = jax.jit(update, donate_argnums=0).lower(*arguments).compile().as_text()
     assert text is not None
     assert "f32[4,16,24]" in text
     assert not re.findall(r"= f32\[4,(?:16,24|24,16)\]\S* copy\(", text)

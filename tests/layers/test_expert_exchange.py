@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -35,9 +36,9 @@ def collectives(text: str) -> list[tuple[str, list[int]]]:
     return found
 
 
-def compiled(mesh_config: MeshConfig, *, gradient: bool) -> list[tuple[str, list[int]]]:
+def compiled(mesh_config: MeshConfig, *, gradient: bool, config: MoEConfig = CONFIG) -> list[tuple[str, list[int]]]:
     mesh = make_mesh(mesh_config)
-    layer = SwitchFeedForward(CONFIG, FEATURES, HIDDEN, ("relu",), "paper", rngs=nnx.Rngs(0))
+    layer = SwitchFeedForward(config, FEATURES, HIDDEN, ("relu",), "paper", rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
 
     def place(param: nnx.Param) -> Any:
@@ -83,3 +84,17 @@ def test_tokens_travel_by_two_all_to_alls_a_pass_and_no_activation_is_gathered(
 
 def test_one_expert_partition_exchanges_nothing() -> None:
     assert {kind for kind, _ in compiled(MeshConfig(), gradient=False)} == {"all-reduce"}
+
+
+def test_without_capacity_devices_gather_each_others_tokens_and_send_sums_back() -> None:
+    config = dataclasses.replace(CONFIG, dispatch="dropless")
+    found = compiled(MeshConfig(num_expert_partitions=4), gradient=False, config=config)
+    sent = sorted((kind, sum(sizes)) for kind, sizes in found if kind != "all-reduce")
+    # Four devices share out the experts, and gather the tokens, their expert and its weight of a half of the batch.
+    tokens = BATCH * LENGTH // 2
+    assert sent == [
+        ("all-gather", tokens),
+        ("all-gather", tokens),
+        ("all-gather", tokens * FEATURES),
+        ("reduce-scatter", tokens // 4 * FEATURES),
+    ]

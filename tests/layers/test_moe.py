@@ -17,6 +17,8 @@ from switch_t5.conformance import oracle
 from switch_t5.errors import ConfigError
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.partitioning.mesh import MeshConfig, make_mesh
+from switch_t5.partitioning.rules import partitioned
 from switch_t5.routing.balance import RouterStats
 from switch_t5.routing.router import RouterConfig
 from switch_t5.types import Array
@@ -205,6 +207,25 @@ def test_expert_dropout_acts_inside_the_experts_at_its_own_rate() -> None:
     assert (dropped != 2000).all()
     # Each slot draws for itself.
     assert len(np.unique(dropped)) > 8
+
+
+@pytest.mark.multidevice
+def test_expert_dropout_draws_the_same_where_empty_slots_are_left_out_and_where_they_are_not() -> None:
+    """One device multiplies filled slots alone, several multiply all of them."""
+    config = dataclasses.replace(CONFIG, expert_dropout_rate=0.5)
+    layer, (x, mask) = make_layer(config), tokens()
+    graph, params = nnx.split(layer)
+
+    def run(params: nnx.State, x: Array, mask: Array) -> Array:
+        ids = jnp.ones(mask.shape, jnp.int32)
+        rng = jax.random.key(4)
+        return nnx.merge(graph, params)(x, mask, tokens=ids, sequences=SEQUENCES, train=True, rng=rng)[0]
+
+    alone = jax.jit(run)(params, x, mask)
+    with partitioned(make_mesh(MeshConfig(num_devices=2, num_expert_partitions=2))):
+        together = jax.jit(run)(params, x, mask)
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    assert np.abs(alone - apply(layer, x, mask, train=True)[0]).max() > 0.1
 
 
 def test_capacity_follows_the_configuration() -> None:

@@ -127,6 +127,11 @@ def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str)
     assert str(caught.value) == f"TransformerConfig.{field} {message}"
 
 
+def test_a_decoders_variant_of_no_sparse_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^TransformerConfig\.decoder_moe has no effect without .*\.moe, "):
+        dataclasses.replace(CONFIG, moe=None, decoder_moe=MoEConfig(4))
+
+
 def test_activations_may_be_a_list() -> None:
     activations: Any = ["gelu", "linear"]
     assert dataclasses.replace(CONFIG, mlp_activations=activations).mlp_activations == ("gelu", "linear")

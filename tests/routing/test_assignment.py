@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switch_t5.routing import choice
-from switch_t5.routing.assignment import Assignment
+from switch_t5.routing.assignment import Assignment, filled_slots
 
 top_k = jax.jit(choice.top_k, static_argnums=1)
 
@@ -131,3 +131,25 @@ def test_slots_and_tokens_are_one_to_one_and_no_expert_exceeds_its_capacity(
         # The first come are served, in their order, from the expert's first slot on.
         served = [t for t in token[expert * capacity : (expert + 1) * capacity] if t < tokens]
         assert served == wanted[:capacity]
+
+
+def test_filled_slots_are_rows_by_expert_then_group_without_the_empty_ones() -> None:
+    # Experts 1 0 1 1 | 0 and padding; two slots each, so the first group's last token has none.
+    probs = jnp.concatenate([one_hot_probs([1, 0, 1, 1], 2), one_hot_probs([0, 0, 0, 0], 2)])
+    mask = jnp.asarray([[True] * 4, [True, False, False, False]])
+    order = filled_slots(top_k(probs, 2, mask))
+    # Of eight tokens: expert 0 has 1 and 4, expert 1 has 0 and 2.
+    np.testing.assert_array_equal(order.sizes, [2, 2])
+    np.testing.assert_array_equal(order.entry, [1, 4, 0, 2, 8, 8, 8, 8])
+    np.testing.assert_array_equal(order.row[:, 0], [2, 0, 3, 8, 1, 8, 8, 8])
+    # A place in [E, G, C]; past the last row there is none.
+    np.testing.assert_array_equal(order.number, [0, 2, 4, 5, 8, 8, 8, 8])
+
+
+def test_filled_slots_of_expert_choice_hold_a_token_once_for_each_of_its_experts() -> None:
+    probs = jnp.asarray([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]])
+    order = filled_slots(choice.expert_choice(probs, 2, jnp.ones((1, 3), bool)))
+    np.testing.assert_array_equal(order.sizes, [2, 2])
+    # Expert 0 takes tokens 0 and 1, expert 1 tokens 2 and 1; an entry is token * 2 + expert.
+    np.testing.assert_array_equal(order.entry, [0, 2, 5, 3])
+    np.testing.assert_array_equal(order.row, [[0, 6], [1, 3], [6, 2]])

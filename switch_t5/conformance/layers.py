@@ -1,0 +1,165 @@
+"""Forms that a sparse layer can have around its router, and what the oracle says of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from switch_t5.conformance import oracle
+from switch_t5.conformance.routers import Router
+from switch_t5.layers.moe_config import MoEConfig, Padding
+
+NOISE_STD = 0.5
+"""Of gaussian logits: enough to move many tokens to another expert."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A form of the layer.
+
+    Attributes:
+      padding: as :class:`switch_t5.layers.moe_config.MoEConfig` has it.
+      activations: of the experts; two gate.
+      num_shared_experts: beside the routed ones.
+      is_noisy: gaussian logits, and the load loss that they allow.
+      router: the name of the only router that the form is tried with; None for every one.
+    """
+
+    padding: Padding = "ignored"
+    activations: tuple[str, ...] = ("relu",)
+    num_shared_experts: int = 0
+    is_noisy: bool = False
+    router: str | None = "top_2"
+
+    def adapt(self, config: MoEConfig) -> MoEConfig:
+        """``config`` in this form."""
+        router = config.router
+        if self.is_noisy:
+            noise_std = NOISE_STD * config.num_experts
+            router = dataclasses.replace(router, exploration="gaussian", noise_std=noise_std)
+        return dataclasses.replace(
+            config, router=router, padding=self.padding, num_shared_experts=self.num_shared_experts
+        )
+
+    @property
+    def into(self) -> tuple[str, ...]:
+        """The names of the kernels that an expert's tokens are first multiplied by."""
+        return ("wi",) if len(self.activations) == 1 else ("wi_0", "wi_1")
+
+
+LAYERS: dict[str, Layer] = {
+    "plain": Layer(router=None),
+    "gated": Layer(activations=("gelu", "linear")),
+    "shared expert": Layer(num_shared_experts=1),
+    "noisy": Layer(is_noisy=True),
+    "padding counted": Layer(padding="counted", router="switch"),
+    "padding routed": Layer(padding="routed"),
+    "padding zeroed": Layer(padding="zeroed"),
+}
+PLAIN = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What does not vary where derivatives are taken.
+
+    Attributes:
+      mask: ``[G, S]`` bool, False at padding.
+      tokens: ``[G, S]``, entries of the vocabulary.
+      capacity: slots of an expert for a group; None for any number.
+      bias: ``[E]``, of the routers that have one.
+      noise: ``[G, S, E]``, of deviation 1, which noisy logits were drawn with.
+    """
+
+    mask: np.ndarray
+    tokens: np.ndarray
+    capacity: int | None
+    bias: np.ndarray
+    noise: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the oracle says of one input.
+
+    Attributes:
+      output: ``[G, S, D]``.
+      losses: as :class:`switch_t5.routing.balance.RouterStats` names and sums them.
+      statistics: the same.
+      routes: of every choice.
+    """
+
+    output: np.ndarray
+    losses: dict[str, Any]
+    statistics: dict[str, Any]
+    routes: list[oracle.Route]
+
+
+def evaluate(layer: Layer, router: Router, arrays: Mapping[str, np.ndarray], example: Example) -> Evaluation:
+    """The layer by the oracle.
+
+    Args:
+      layer: its form.
+      router: how it chooses.
+      arrays: ``x`` ``[G, S, D]``, ``router`` ``[D, E]``, ``wo`` ``[E, F, D]`` and the kernels of ``layer.into``
+        ``[E, D, F]``; for a shared expert ``shared/...`` without E. They may be complex.
+      example: the rest.
+    """
+    x, real = arrays["x"], example.mask
+    if layer.padding == "zeroed":
+        x = np.where(real[..., None], x, 0)
+    routed = np.ones_like(real) if layer.padding in ("routed", "zeroed") else real
+    logits = x @ arrays["router"]
+    if layer.is_noisy:
+        noise = NOISE_STD * example.noise
+        routes = oracle.top_k(logits, routed, example.capacity, k=2, gumbel=noise)
+    else:
+        noise = np.zeros(())
+        routes = router.routes(logits, routed, example.tokens, example.capacity, example.bias)
+    output = oracle.combine(x, routes, [arrays[name] for name in layer.into], arrays["wo"], layer.activations)
+    if layer.num_shared_experts:
+        kernels = [arrays[f"shared/{name}"][None] for name in layer.into]
+        output = output + oracle.experts_forward(x, kernels, arrays["shared/wo"][None], layer.activations)[0]
+    losses = router.losses(logits, routed, routes)
+    statistics = router.statistics(logits, routed, routes)
+    if layer.is_noisy:
+        load = oracle.load_loss(logits, logits + noise, routed, k=2, noise_std=NOISE_STD)
+        losses["load_loss"] = (load * routed.sum(axis=1)).sum()
+    if layer.padding == "counted":
+        losses["load_balance_loss"], statistics["expert_load"] = _counting_padding(logits, real)
+    return Evaluation(output, losses, statistics, routes)
+
+
+def _counting_padding(logits: np.ndarray, mask: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The load-balance loss, summed over tokens, and the load, where padding counts as any token: k = 1."""
+    everyone = np.ones_like(mask)
+    experts = np.argmax(np.real(logits), axis=-1)
+    mean = oracle.padding_counted_load_balance_loss(oracle.softmax(logits), experts, mask, everyone)
+    return mean * mask.size, np.bincount(experts.ravel(), minlength=logits.shape[-1])
+
+
+def places_of(routes: list[oracle.Route], shape: tuple[int, ...], *, has_slots: bool) -> np.ndarray:
+    """``[G, S, E]``: 0 where a token does not choose the expert, -1 without a slot, else 1 plus the slot's place.
+
+    Without slots every choice is 1.
+    """
+    places = np.zeros(shape)
+    for route in routes:
+        place = 1 if not has_slots else -1 if route.position is None else 1 + route.position
+        places[route.group, route.token, route.expert] = place
+    return places
+
+
+def found_places(expert: np.ndarray, slot: np.ndarray | None, num_experts: int, capacity: int) -> np.ndarray:
+    """:func:`places_of` ``expert`` and ``slot`` ``[G, S, K]``, as :mod:`switch_t5.routing.assignment` has them."""
+    places = np.zeros((*expert.shape[:2], num_experts))
+    for group, token, choice in np.argwhere(expert < num_experts):
+        place = 1
+        if slot is not None:
+            at = slot[group, token, choice]
+            place = -1 if at == num_experts * capacity else 1 + at % capacity
+        places[group, token, expert[group, token, choice]] = place
+    return places
