@@ -83,7 +83,8 @@ def _backward(hidden: Hidden, most: int | None, residuals: Any, dy: Array) -> tu
             dy, branches = carry
             _, pull = jax.vjp(partial(hidden, _read(block, keep)), *map(block.read, branches))
             d_branches = pull(block.read(dy) @ wo.T)
-            dx = sum(d_branch @ kernel.T for d_branch, kernel in zip(d_branches, into, strict=True))
+            first, *others = (d_branch @ kernel.T for d_branch, kernel in zip(d_branches, into, strict=True))
+            dx = sum(others, start=first)
             return block.write(dy, dx), tuple(map(block.write, branches, d_branches))
 
         d_wo = blocks.sum(index, d_wo_of, wo.shape)

@@ -22,7 +22,6 @@ _TILE = (512, 512, 512)
 """The largest tile in a TPU's vector memory: rows, embed and mlp."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x: Array, kernel: Array, sizes: Array, most: int | None = None) -> Array:
     """Multiplies the first ``sizes[0]`` rows by ``kernel[0]``, the next ``sizes[1]`` by ``kernel[1]``, and so on.
 
@@ -35,6 +34,11 @@ def grouped_matmul(x: Array, kernel: Array, sizes: Array, most: int | None = Non
     Returns:
       ``[rows, mlp]``; zero in the rows past the sum of ``sizes``.
     """
+    return _grouped_matmul(most, x, kernel, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(most: int | None, x: Array, kernel: Array, sizes: Array) -> Array:
     return _product(x, kernel, sizes, most)
 
 
@@ -43,7 +47,7 @@ def _product(x: Array, kernel: Array, sizes: Array, most: int | None) -> Array:
     return products.get(target_platform(), jax.lax.ragged_dot)(x, kernel, sizes)
 
 
-def _forward(x: Array, kernel: Array, sizes: Array, most: int | None) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(most: int | None, x: Array, kernel: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     return _product(x, kernel, sizes, most), (x, kernel, sizes)
 
 
@@ -60,7 +64,7 @@ def _backward(most: int | None, residuals: tuple[Array, Array, Array], dy: Array
     return dx, d_kernel, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _megablox(x: Array, kernel: Array, sizes: Array, *, interpret: bool = False) -> Array:
