@@ -30,6 +30,9 @@ from typing import Any
 from timing import add_common_flags, in_process, kept_memory_environment, report, times
 
 TOKENS, CAPACITY_FACTOR = 8192, 1.25
+WARM_UP = 4
+"""Rounds until what a process keeps no longer grows: gigabytes of gradients find their places anew in each."""
+
 PEERS = ("deepspeed", "huggingface")
 
 
@@ -139,6 +142,7 @@ def measure(size: str, experts: int, routes: str, method: Any, *, group_size: in
             "dense": lambda: jax.block_until_ready(dense_program(dense_params, x)),
         },
         repeats,
+        WARM_UP,
     )
     memory = layer_program.memory_analysis()
     assert memory is not None
@@ -228,7 +232,7 @@ def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: in
 
     layer, more = (deepspeed(), (None,)) if peer == "deepspeed" else (huggingface_layer(), ())
     dense = feed_forward()
-    seconds = times({"layer": lambda: step(layer, *more), "dense": lambda: step(dense)}, repeats)
+    seconds = times({"layer": lambda: step(layer, *more), "dense": lambda: step(dense)}, repeats, WARM_UP)
     return {
         "system": peer,
         "size": size,

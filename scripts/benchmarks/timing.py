@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 
-def times(functions: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median (wall, CPU) seconds of each function, called in turn; the first round warms up."""
+def times(
+    functions: Mapping[str, Callable[[], None]], repeats: int, warm_up: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Median (wall, CPU) seconds of each function, called in turn; the first rounds warm up."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
+    for _ in range(warm_up + repeats):
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             function()
             seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {
-        name: tuple(statistics.median(column) for column in zip(*pairs[1:], strict=True))  # pyright: ignore
+        name: tuple(statistics.median(column) for column in zip(*pairs[warm_up:], strict=True))  # pyright: ignore
         for name, pairs in seconds.items()
     }
 

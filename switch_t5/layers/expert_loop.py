@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.layers.row_blocks import Block, cut
+from switch_t5.layers.row_blocks import Block, cut, summed_outer
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
 
@@ -77,7 +77,7 @@ def _backward(hidden: Hidden, most: int | None, residuals: Any, dy: Array) -> tu
 
         def d_wo_of(block: Block) -> Array:
             activated = hidden(_read(block, keep), *map(block.read, branches))
-            return _outer(jnp.where(block.mine, activated, 0), block.read_mine(dy))
+            return summed_outer(jnp.where(block.mine, activated, 0), block.read_mine(dy))
 
         def step(carry: Any, block: Block) -> Any:
             dy, branches = carry
@@ -91,7 +91,7 @@ def _backward(hidden: Hidden, most: int | None, residuals: Any, dy: Array) -> tu
         # Only then may the values that it was computed from be overwritten.
         dx, d_branches = blocks.after(zero_after(d_wo[0, 0])).loop(index, step, (dy, branches))
         d_into = tuple(
-            blocks.sum(index, lambda block, d=d: _outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
+            blocks.sum(index, lambda block, d=d: summed_outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
             for d, kernel in zip(d_branches, into, strict=True)
         )
         return (dx, d_branches), jax.tree.map(lambda gradient: gradient.astype(x.dtype), (d_into, d_wo))
@@ -102,11 +102,6 @@ def _backward(hidden: Hidden, most: int | None, residuals: Any, dy: Array) -> tu
 
 def _read(block: Block, keep: Array | None) -> Array | None:
     return None if keep is None else block.read(keep)
-
-
-def _outer(left: Array, right: Array) -> Array:
-    """``left`` transposed times ``right``, summed in float32."""
-    return jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
 
 
 expert_loop.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.layers.row_blocks import Block, cut
+from switch_t5.layers.row_blocks import Block, cut, summed_outer
 from switch_t5.partitioning.rules import target_platform
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
@@ -106,7 +106,7 @@ def _blocked_kernel_gradient(x: Array, dy: Array, sizes: Array, most: int | None
     blocks = cut(x.shape[0], sizes, most)
 
     def product(block: Block) -> Array:
-        return jnp.matmul(block.read_mine(x).T, block.read_mine(dy), preferred_element_type=jnp.float32)
+        return summed_outer(block.read_mine(x), block.read_mine(dy))
 
     def gradient(_: None, expert: Array) -> tuple[None, Array]:
         return None, blocks.sum(expert, product, (x.shape[1], dy.shape[1])).astype(x.dtype)
