@@ -256,4 +256,5 @@ def test_every_restart_after_a_kill_at_a_random_moment_finds_a_sound_checkpoint(
         assert int(nursery.stdout.readline()) == signal.SIGKILL
     nursery.stdin.close()
     nursery.wait(10)
+    nursery.stdout.close()
     assert last > 10
