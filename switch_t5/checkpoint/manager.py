@@ -8,23 +8,24 @@ only when everything is in it, so that a folder named by a step is always whole.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
-import logging
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from switch_t5.checkpoint import naming
-from switch_t5.errors import ConfigError, UserError, check_types, closest
+from switch_t5.checkpoint import fingerprint, naming
+from switch_t5.checkpoint.retention import CheckpointConfig
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+from switch_t5.checkpoint.writer_lock import WriterLock
+from switch_t5.errors import ConfigError, UserError, closest
 from switch_t5.storage import storage_errors, writable_directory
 
 # Orbax takes most of a second to import; a run meets it with its first checkpoint.
@@ -35,39 +36,6 @@ DIRECTORY = "checkpoints"
 
 # How tensorstore begins an error about a file that is damaged or gone.
 _DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE)\b")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """Which checkpoints are kept; the others are deleted once a newer one is whole.
-
-    Attributes:
-      keep: how many of the latest are kept; None keeps all.
-      keep_period: additionally kept are those whose step is a multiple of this.
-      keep_best: additionally kept are the best by the metric of this name.
-      keep_best_mode: ``"min"`` where a smaller value of that metric is better, else ``"max"``.
-      keep_best_count: how many of the best are kept.
-
-    Raises:
-      ConfigError: a value of a wrong type or out of range.
-    """
-
-    keep: int | None = 3
-    keep_period: int | None = None
-    keep_best: str | None = None
-    keep_best_mode: str = "min"
-    keep_best_count: int = 1
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("keep", "keep_period", "keep_best_count"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"CheckpointConfig.{name}", f"must be at least 1, got {value}.")
-        if self.keep_best_mode not in ("min", "max"):
-            raise ConfigError(
-                "CheckpointConfig.keep_best_mode", f"must be 'min' or 'max', got {self.keep_best_mode!r}."
-            )
 
 
 class Restored(NamedTuple):
@@ -106,21 +74,30 @@ class Checkpointer:
           read_only: only restore: nothing is made, and what another process is saving there is left alone.
 
         Raises:
-          UserError: the folder cannot be made or written.
+          UserError: the folder cannot be made or written, or another run is writing it.
         """
         self._directory = Path(model_dir).absolute() / DIRECTORY
         self._config = config or CheckpointConfig()
         self._read_only = read_only
         self._saving: int | None = None
+        self._failures: list[Exception] = []
+        self._lock: WriterLock | None = None
         if not read_only:
             writable_directory(model_dir)
             writable_directory(self._directory)
+            if jax.process_index() == 0:
+                self._lock = WriterLock(self._directory.parent)
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the checkpoints."""
+        return self._directory
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, ascending."""
@@ -147,19 +124,39 @@ class Checkpointer:
           Whether a save was started; False where this step is saved already.
 
         Raises:
-          UserError: the disk is full or cannot be written, now or in the save before this one.
+          UserError: more saves in a row than ``tolerated_failures`` have met a full disk or one that cannot be
+            written; fewer are told on standard error.
           ConfigError: ``keep_best`` names none of the metrics.
         """
+        try:
+            self._finish_save()
+            return self._start_save(step, state, data_state, metrics)
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._failures.append(error)
+            if len(self._failures) > self._config.tolerated_failures:
+                raise
+            print(f"{error} It is tried again at the next checkpoint.", file=sys.stderr, flush=True)
+            return False
+
+    def _start_save(self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None) -> bool:
         import orbax.checkpoint as ocp
 
+        from switch_t5.checkpoint.manifest import ManifestSave
         from switch_t5.checkpoint.process_bytes import ProcessBytesSave
 
-        self.wait()
         if step in self._manager.all_steps():
             return False
+        leaves = naming.named_leaves(state)
+        # Begun before the state is copied: its buffers may be given away once this returns.
+        parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
+        # Processes must add up theirs together, here; one alone may do so in the background.
+        sums = fingerprint.finish(parts) if jax.process_count() > 1 else None
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(naming.nest(naming.named_leaves(state))),
+            state=ocp.args.PyTreeSave(naming.nest(leaves)),
             data=ProcessBytesSave(data_state),
+            manifest=ManifestSave(lambda: fingerprint.finish(parts) if sums is None else sums),
         )
         self._saving = step
         with self._save_errors():
@@ -177,12 +174,20 @@ class Checkpointer:
         """Waits until the save under way is whole.
 
         Raises:
-          UserError: that save met a full disk or one that cannot be written.
+          UserError: that save met a full disk or one that cannot be written, or did so when it began.
         """
+        self._finish_save()
+        if self._failures:
+            error = self._failures.pop()
+            self._failures.clear()
+            raise error
+
+    def _finish_save(self) -> None:
         if self._saving is not None:
             with self._save_errors():
                 self._manager.wait_until_finished()
             self._saving = None
+            self._failures.clear()
 
     def close(self) -> None:
         """Waits for the save under way and frees the threads.
@@ -194,66 +199,146 @@ class Checkpointer:
             self.wait()
         finally:
             # The manager is made at its first use, and not made only to be closed.
-            manager = self.__dict__.pop("_manager", None)
-            if manager is not None:
-                manager.close()
+            self._forget_manager()
+            if self._lock is not None:
+                self._lock.release()
+
+    def _forget_manager(self) -> None:
+        manager = self.__dict__.pop("_manager", None)
+        if manager is not None:
+            manager.close()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
-        """Reads a checkpoint, bit for bit, onto any mesh.
+        """Reads a checkpoint, bit for bit, onto any mesh, and checks each array against its fingerprint.
 
         Args:
           abstract_state: a pytree of jax.ShapeDtypeStruct with shardings.
-          step: which checkpoint; None for the newest.
+          step: which checkpoint; None for the newest sound one: a damaged one is told on standard error and put aside.
 
         Raises:
-          UserError: there is no such checkpoint; it is damaged; a leaf has another shape or dtype, or there
-            are other leaves (the sentence names the first); it was saved by another number of processes.
+          CheckpointDamaged: the checkpoint is damaged; with no step given, all of them.
+          UserError: there is no such checkpoint; a leaf has another shape or dtype, or there are other leaves (the
+            sentence names the first); it was saved by another number of processes.
         """
+        if step is not None:
+            return self._restore(abstract_state, step)
+        while True:
+            newest = self._existing(None)
+            try:
+                return self._restore(abstract_state, newest)
+            except CheckpointDamaged as error:
+                self._put_aside(newest, error)
+
+    def _put_aside(self, step: int, error: CheckpointDamaged) -> None:
+        """Renames a damaged checkpoint, so that nothing takes it for one; the last of all is left for its owner."""
+        if self._read_only or len(self.steps()) == 1:
+            raise error
+        aside = self._directory / f"{step}.damaged"
+        reason = str(error).rsplit(": delete that folder", 1)[0]
+        print(f"{reason}; it is now {aside.name}, and step {self.steps()[-2]} is used.", file=sys.stderr, flush=True)
+        self._forget_manager()
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+
+    def _restore(self, abstract_state: Any, step: int) -> Restored:
         from switch_t5.checkpoint.process_bytes import ProcessBytesRestore
 
         step = self._existing(step)
         wanted = naming.named_leaves(abstract_state)
         with self._read_errors(step):
+            check = self._checker(step)
             self._check_fit(step, wanted, self._saved_leaves(step), dtypes=True)
             items = self._read(step, wanted, data=ProcessBytesRestore())
-        state = naming.like(abstract_state, naming.named_leaves(items["state"]))
-        return Restored(state, items["data"], step)
+            leaves = naming.named_leaves(items["state"])
+            check(leaves)
+        return Restored(naming.like(abstract_state, leaves), items["data"], step)
 
     def restore_part(self, name: str, abstract_part: Any, step: int | None = None) -> Any:
         """Reads one part of the state, such as the parameters without the optimizer's state.
 
         Args:
-          name: the part's name in the state, such as ``"params"``.
+          name: the part's name in the state, such as ``"params"``; empty for all of it.
           abstract_part: a pytree of jax.ShapeDtypeStruct with shardings; leaves are cast to its dtypes.
           step: which checkpoint; None for the newest.
 
         Raises:
-          UserError: there is no such checkpoint; it is damaged; a leaf has another shape or is missing.
+          CheckpointDamaged: the checkpoint is damaged.
+          UserError: there is no such checkpoint; a leaf has another shape or is missing.
         """
         step = self._existing(step)
-        wanted = naming.named_leaves({name: abstract_part})
+        wanted = naming.named_leaves({name: abstract_part} if name else abstract_part)
         with self._read_errors(step):
-            leaves = self._saved_leaves(step)
-            saved = {key: leaf for key, leaf in leaves.items() if key.split(naming.SEPARATOR)[0] == name}
+            check = self._checker(step)
+            saved = self._saved_part(name, step)
             self._check_fit(step, wanted, saved, dtypes=False)
-            items = self._read(step, wanted)
-        return naming.like({name: abstract_part}, naming.named_leaves(items["state"]))[name]
+            # Cast when they are checked: a fingerprint is of the bits that were saved.
+            as_saved = {
+                key: jax.ShapeDtypeStruct(leaf.shape, saved[key].dtype, sharding=leaf.sharding)
+                for key, leaf in wanted.items()
+            }
+            found = naming.named_leaves(self._read(step, as_saved)["state"])
+            check(found)
+        cast = {key: array.astype(wanted[key].dtype) for key, array in found.items()}
+        return naming.like({name: abstract_part}, cast)[name] if name else naming.like(abstract_part, cast)
+
+    def fits(self, name: str, abstract_part: Any, step: int) -> bool:
+        """Whether a part of a checkpoint has these leaves, of these shapes."""
+        with self._read_errors(step):
+            saved = self._saved_part(name, step)
+        return naming.first_difference(naming.named_leaves({name: abstract_part}), saved, dtypes=False) is None
+
+    def _saved_part(self, name: str, step: int) -> dict[str, Any]:
+        leaves = self._saved_leaves(step)
+        return {key: leaf for key, leaf in leaves.items() if not name or key.split(naming.SEPARATOR)[0] == name}
 
     def restore_numpy(self, step: int | None = None) -> dict[str, np.ndarray]:
         """Reads a whole state without knowing the model: its arrays by name, such as ``params/embedding``.
 
         Raises:
-          UserError: there is no such checkpoint, or it is damaged.
+          CheckpointDamaged: the checkpoint is damaged.
+          UserError: there is no such checkpoint.
         """
         import orbax.checkpoint as ocp
 
         step = self._existing(step)
         with self._read_errors(step):
+            check = self._checker(step)
             nested = naming.nest(self._saved_leaves(step))
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), nested)
             request = ocp.args.PyTreeRestore(nested, restore_args=as_numpy)
             items = self._manager.restore(step, args=ocp.args.Composite(state=request))
-        return naming.named_leaves(items["state"])
+            leaves = naming.named_leaves(items["state"])
+            check(leaves)
+        return leaves
+
+    def leaves(self, step: int) -> dict[str, Any]:
+        """Shape and dtype of each array of a checkpoint, by name; files are checked, no array is read.
+
+        Raises:
+          CheckpointDamaged: the checkpoint is damaged.
+          UserError: there is no such checkpoint.
+        """
+        step = self._existing(step)
+        with self._read_errors(step):
+            self._checker(step)
+            return self._saved_leaves(step)
+
+    def _checker(self, step: int) -> Callable[[Mapping[str, Any]], None]:
+        """Checks a checkpoint's files; returns what checks arrays that were read from it."""
+        from switch_t5.checkpoint.manifest import check_arrays, check_files, read_manifest
+
+        folder = self._directory / str(step)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            return lambda leaves: None
+        check_files(folder, manifest)
+
+        def check(leaves: Mapping[str, Any]) -> None:
+            parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
+            check_arrays(folder, manifest, fingerprint.finish(parts))
+
+        return check
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that were saved with a checkpoint.
@@ -299,53 +384,9 @@ class Checkpointer:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        _silence_orbax()
-        import orbax.checkpoint as ocp
+        from switch_t5.checkpoint.orbax_manager import make_manager
 
-        from switch_t5.checkpoint.process_bytes import (
-            ProcessBytesHandler,
-            ProcessBytesRestore,
-            ProcessBytesSave,
-        )
-
-        # Zarr's third version leaves out the compression of the second, which is slow and, on trained
-        # parameters, saves next to nothing.
-        arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
-        data = ProcessBytesHandler()
-        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.PyTreeSave, arrays)
-        handlers.add("state", ocp.args.PyTreeRestore, arrays)
-        handlers.add("data", ProcessBytesSave, data)
-        handlers.add("data", ProcessBytesRestore, data)
-        return ocp.CheckpointManager(self._directory, handler_registry=handlers, options=self._options())
-
-    def _options(self) -> ocp.CheckpointManagerOptions:
-        import orbax.checkpoint as ocp
-
-        config = self._config
-        policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep)]
-        if config.keep_period is not None:
-            policies.append(ocp.checkpoint_managers.EveryNSteps(config.keep_period))
-        quality = functools.partial(_quality, name=config.keep_best, mode=config.keep_best_mode)
-        if config.keep_best is not None:
-            policies.append(
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=quality,
-                    n=config.keep_best_count,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        return ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-            # Orbax stores metrics only where it is told of a way to rank them.
-            best_fn=quality,
-            cleanup_tmp_directories=not self._read_only,
-            read_only=self._read_only,
-            create=not self._read_only,
-            # A folder that cannot be made then fails in `save`, at once, instead of in a thread for which
-            # other threads wait many minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        return make_manager(self._directory, self._config, read_only=self._read_only)
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
@@ -370,15 +411,15 @@ class Checkpointer:
     def _read_errors(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, FileNotFoundError) as error:
-            known = isinstance(error, FileNotFoundError | json.JSONDecodeError)
+        except (ValueError, KeyError, FileNotFoundError, CheckpointDamaged) as error:
+            known = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError | CheckpointDamaged)
             if not known and not _DAMAGED.match(str(error)):
                 raise
             before = [other for other in self.steps() if other < step]
             instead = f" to use that of step {before[-1]}" if before else ""
-            raise UserError(
+            raise CheckpointDamaged(
                 f"The checkpoint {self._directory / str(step)} is damaged "
-                f"({str(error).splitlines()[0]}): delete that folder{instead}."
+                f"({str(error).splitlines()[0].rstrip('.')}): delete that folder{instead}."
             ) from error
 
 
@@ -412,26 +453,3 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:
 
 def _listed(steps: list[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
-
-
-def _quality(metrics: Mapping[str, float] | None, *, name: str | None, mode: str) -> float:
-    """How good a checkpoint is: greater is better; without the metric, or where it is NaN, the worst."""
-    value = math.nan if name is None or metrics is None else metrics.get(name, math.nan)
-    if math.isnan(value):
-        return -math.inf
-    return value if mode == "max" else -value
-
-
-@functools.cache
-def _silence_orbax() -> None:
-    """Drops Orbax's log records.
-
-    It logs each thread's traceback of one failure; what a user needs of it is in the exception that the
-    failure becomes.
-    """
-    from absl import logging as absl_logging
-
-    def not_from_orbax(record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-    absl_logging.get_absl_logger().addFilter(not_from_orbax)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from switch_t5.checkpoint.manager import CheckpointConfig
+from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.cli.configuration import Configuration
 from switch_t5.data.pipeline import DataConfig, evaluation_batches
 from switch_t5.errors import ConfigError

@@ -12,16 +12,42 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from switch_t5.cli.build import Run
+    from switch_t5.training.state import TrainState
     from switch_t5.types import Params
 
 
 def load_params(run: Run, path: str) -> tuple[Params, int]:
-    """The parameters of a run's latest checkpoint, or of the one that the path names, and their step."""
+    """The parameters of a checkpoint of any format, and their step (0 where the format does not say).
+
+    Args:
+      run: for its model and mesh.
+      path: see :func:`switch_t5.checkpoint.formats.format_of`; of a run of ours, its newest checkpoint.
+    """
+    from switch_t5.checkpoint import load
+    from switch_t5.checkpoint.formats import NATIVE, format_of
     from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
-    model_dir, step = locate_checkpoint(path)
-    with Checkpointer(model_dir, read_only=True) as source:
-        return source.restore_part("params", run.abstract_state.params, step), step
+    if format_of(path)[0] == NATIVE:
+        model_dir, step = locate_checkpoint(path)
+        with Checkpointer(model_dir, read_only=True) as source:
+            # A model scanned here and not there is read as another format would be; sparse attention, say, is not.
+            if source.fits("params", run.abstract_state.params, step) or not load.is_known(path):
+                return source.restore_part("params", run.abstract_state.params, step), step
+    loaded = load.load_params(path, run.spec.transformer, run.abstract_state.params)
+    return loaded.params, loaded.step or 0
+
+
+def load_state(run: Run, path: str) -> TrainState:
+    """Parameters, optimizer and step of a checkpoint, to go on from in another run."""
+    from switch_t5.checkpoint import load
+    from switch_t5.checkpoint.formats import NATIVE, format_of
+    from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
+
+    if format_of(path)[0] == NATIVE:
+        model_dir, step = locate_checkpoint(path)
+        with Checkpointer(model_dir, read_only=True) as source:
+            return source.restore_part("", run.abstract_state, step)
+    return load.load_state(path, run.spec.transformer, run.abstract_state)
 
 
 def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> Run:

@@ -46,7 +46,7 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nnx.Module):
-    """The bias of one stack, shared by its layers."""
+    """The bias of one stack, shared by its layers, or of one layer."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from switch_t5.layers.attention import Attention
@@ -13,6 +14,7 @@ from switch_t5.layers.dense import FeedForward
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.normalization import RMSNorm
+from switch_t5.layers.relative_position import RelativePositionBias
 from switch_t5.layers.switch_attention import SPARSE_PROJECTIONS, SwitchAttention
 from switch_t5.model.config import TransformerConfig
 from switch_t5.partitioning.rules import constrain
@@ -38,7 +40,7 @@ class BlockInputs:
       tokens: ``[batch, length]`` int32, the stack's input.
       mask: ``[batch, length]`` bool, False for padding.
       self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see.
-      positions: ``[1, heads, length, length]`` float32, the relative position bias.
+      positions: ``[1, heads, length, length]`` float32, the relative position bias; None where each block has one.
       encoded: ``[batch, encoder length, embed]``, the encoder's output; None in the encoder.
       cross_mask: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
       sequences: sequences in a routing group.
@@ -55,6 +57,18 @@ class BlockInputs:
     train: bool
 
 
+def position_bias(config: TransformerConfig, *, decoder: bool, rngs: nnx.Rngs) -> RelativePositionBias:
+    """The position bias of a stack or, where each block has its own, of a block."""
+    return RelativePositionBias(
+        config.num_heads,
+        config.relpos_num_buckets,
+        config.relpos_max_distance,
+        not decoder,
+        config.initialization,
+        rngs=rngs,
+    )
+
+
 class Block(nnx.Module):
     """Self-attention, in a decoder cross-attention, then a feed-forward; the first and the last dense or sparse."""
 
@@ -63,6 +77,8 @@ class Block(nnx.Module):
     ) -> None:
         self.config, self.sparse, self.decoder = config, sparse, decoder
         attention_sizes = (config.emb_dim, config.num_heads, config.head_dim, config.initialization)
+        if config.relpos_per_layer:
+            self.relative_position = position_bias(config, decoder=decoder, rngs=rngs)
         self.self_attention_norm = RMSNorm(config.emb_dim, rngs=rngs)
         if sparse_attention:
             assert config.attention_moe is not None
@@ -104,12 +120,14 @@ class Block(nnx.Module):
     def _attend_to_self(
         self, y: Array, inputs: BlockInputs, rng: Array | None
     ) -> tuple[Array, tuple[RouterStats, ...]]:
-        rate = self.config.dropout_rate
+        rate, positions = self.config.dropout_rate, inputs.positions
+        if positions is None:
+            positions = self.relative_position(y.shape[1], y.shape[1], jnp.dtype(jnp.float32))
         if isinstance(self.self_attention, SwitchAttention):
             return self.self_attention(
                 y,
                 inputs.self_mask,
-                inputs.positions,
+                positions,
                 real=inputs.mask,
                 tokens=inputs.tokens,
                 sequences=inputs.sequences,
@@ -117,7 +135,7 @@ class Block(nnx.Module):
                 dropout_rate=rate,
                 rng=rng,
             )
-        return self.self_attention(y, y, inputs.self_mask, inputs.positions, dropout_rate=rate, rng=rng), ()
+        return self.self_attention(y, y, inputs.self_mask, positions, dropout_rate=rate, rng=rng), ()
 
     def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, tuple[RouterStats, ...]]:
         if isinstance(self.mlp, SwitchFeedForward):

@@ -35,6 +35,7 @@ class TransformerConfig:
       dropout_rate: of embeddings, attention, feed-forwards and residual branches; shared along the length.
       relpos_num_buckets: buckets of the relative position bias.
       relpos_max_distance: distances from here on share the last bucket.
+      relpos_per_layer: every block has a position bias of its own, as T5X's scanned models have.
       dtype: of activations and matrix multiplications; parameters are float32.
       initialization: ``paper`` (truncated normal of scale 0.1), ``t5x`` or ``t5x_switch`` (as the released dense
         and Switch models), see :mod:`switch_t5.layers.initializers`.
@@ -64,6 +65,7 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     relpos_num_buckets: int = 32
     relpos_max_distance: int = 128
+    relpos_per_layer: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     initialization: Initialization = "paper"
     scan_layers: bool = False

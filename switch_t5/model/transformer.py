@@ -17,8 +17,7 @@ from switch_t5.layers.attention import mask_bias
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.embedding import Embedding, LogitsDense
 from switch_t5.layers.normalization import RMSNorm
-from switch_t5.layers.relative_position import RelativePositionBias
-from switch_t5.model.blocks import RESIDUAL_AXES, BlockInputs
+from switch_t5.model.blocks import RESIDUAL_AXES, BlockInputs, position_bias
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.stack import Stack
 from switch_t5.partitioning.rules import constrain
@@ -45,14 +44,8 @@ class Coder(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, decoder: bool, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.relative_position = RelativePositionBias(
-            config.num_heads,
-            config.relpos_num_buckets,
-            config.relpos_max_distance,
-            not decoder,
-            config.initialization,
-            rngs=rngs,
-        )
+        if not config.relpos_per_layer:
+            self.relative_position = position_bias(config, decoder=decoder, rngs=rngs)
         self.stack = Stack(config, *config.patterns(decoder=decoder), decoder=decoder, rngs=rngs)
         self.norm = RMSNorm(config.emb_dim, rngs=rngs)
 
@@ -60,8 +53,9 @@ class Coder(nnx.Module):
         """``[batch, length, embed]`` to the same; the inputs come without ``positions``."""
         rate = self.config.dropout_rate
         input_rng, stack_rng, output_rng = split_rng(rng, 3)
-        positions = self.relative_position(x.shape[1], x.shape[1], jnp.dtype(jnp.float32))
-        inputs = dataclasses.replace(inputs, positions=positions)
+        if not self.config.relpos_per_layer:
+            positions = self.relative_position(x.shape[1], x.shape[1], jnp.dtype(jnp.float32))
+            inputs = dataclasses.replace(inputs, positions=positions)
         x = constrain(dropout(x, rate, input_rng), RESIDUAL_AXES)
         x, stats = self.stack(x, inputs, stack_rng)
         return dropout(self.norm(x), rate, output_rng), stats

@@ -40,7 +40,9 @@ class TrainConfig:
       eval_period: steps between evaluations; 0 for none but at the start and at the end.
       eval_batches: batches of an evaluation at the most; 0 for no evaluation at all.
       checkpoint_period: steps between checkpoints; 0 for none but at the end.
-      initial_checkpoint_path: a run or checkpoint whose parameters a new run starts from.
+      initial_checkpoint_path: a checkpoint whose parameters a new run starts from: ours, T5X's or Hugging Face's.
+      initial_checkpoint_optimizer: takes over the optimizer's state and the step too, so that the training of that
+        checkpoint goes on; the data begin anew.
     """
 
     model_dir: str
@@ -53,11 +55,16 @@ class TrainConfig:
     eval_batches: int = 20
     checkpoint_period: int = 1000
     initial_checkpoint_path: str | None = None
+    initial_checkpoint_optimizer: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
         if "://" in self.model_dir:
             raise ConfigError("TrainConfig.model_dir", f"must be a local or mounted folder, got {self.model_dir!r}.")
+        if self.initial_checkpoint_optimizer and self.initial_checkpoint_path is None:
+            raise ConfigError(
+                "TrainConfig.initial_checkpoint_optimizer", "has no effect without TrainConfig.initial_checkpoint_path."
+            )
         for field, least in {
             "train_steps": 1,
             "microbatches": 1,

@@ -271,6 +271,7 @@ def test_a_run_of_another_number_of_processes_is_refused(tmp_path):
         _save_numbers(checkpointer, 1)
         folder = tmp_path / "checkpoints" / "1" / "data"
         (folder / "process_0_of_1").rename(folder / "process_0_of_4")
+        shutil.rmtree(tmp_path / "checkpoints" / "1" / "manifest")  # It would tell of the renaming.
         with pytest.raises(UserError, match="was written by 4 processes, whose positions"):
             checkpointer.restore(_abstract(_number(0)))
         assert checkpointer.restore_part("x", _abstract(_number(0)["x"])).tolist() == [1, 1, 1, 1]
@@ -295,7 +296,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(tmp_path, damage):
     with Checkpointer(tmp_path) as checkpointer:
         _save_numbers(checkpointer, 1, 2)
         damage(tmp_path / "checkpoints" / "2")
-        for read in (lambda: checkpointer.restore(_abstract(_number(0))), checkpointer.restore_numpy):
+        for read in (lambda: checkpointer.restore(_abstract(_number(0)), 2), checkpointer.restore_numpy):
             with pytest.raises(UserError) as caught:
                 read()
             assert str(caught.value).startswith(f"The checkpoint {tmp_path}/checkpoints/2 is damaged (")

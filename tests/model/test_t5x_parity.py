@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorstore
 
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
@@ -19,8 +17,9 @@ from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits
 from switch_t5.training.losses import cross_entropy
 from switch_t5.types import Array, Params
+from tests.checkpoint.golden import T5X as GOLDEN
+from tests.checkpoint.golden import params_of
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "t5x"
 CHECKPOINT = GOLDEN / "switch_tiny" / "checkpoint_5"
 pytestmark = [
     pytest.mark.parity,
@@ -47,45 +46,6 @@ SOWN = {
 """Their names of a sparse layer's statistics, and ours."""
 
 
-def from_t5x(config: TransformerConfig) -> Params:
-    """Our parameters from a T5X checkpoint: a Zarr folder for each."""
-
-    def read(name: str) -> np.ndarray:
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(CHECKPOINT / f"target.{name}")}}
-        return tensorstore.open(spec, read=True).result().read().result()
-
-    def attention(prefix: str) -> Params:
-        heads = (config.emb_dim, config.num_heads, config.head_dim)
-        kernels = {name: read(f"{prefix}.{name}.kernel").reshape(heads) for name in ("query", "key", "value")}
-        return kernels | {"out": read(f"{prefix}.out.kernel").reshape(*heads[1:], config.emb_dim)}
-
-    def block(prefix: str, sparse: bool, decoder: bool) -> Params:
-        own = "self_attention" if decoder else "attention"
-        layers = {own: "self_attention"} | ({"encoder_decoder_attention": "cross_attention"} if decoder else {})
-        params: Params = {ours: attention(f"{prefix}.{theirs}") for theirs, ours in layers.items()}
-        norms = {own: "self_attention", "mlp": "mlp"} | ({"cross_attention": "cross_attention"} if decoder else {})
-        for theirs, ours in norms.items():
-            params[f"{ours}_norm"] = {"scale": read(f"{prefix}.pre_{theirs}_layer_norm.scale")}
-        if sparse:
-            experts = {name: read(f"{prefix}.mlp.expert.{name}.kernel") for name in ("wi", "wo")}
-            params["mlp"] = {"router": read(f"{prefix}.mlp.router.router_weights.w.kernel"), "experts": experts}
-        else:
-            params["mlp"] = {name: read(f"{prefix}.mlp.{name}.kernel") for name in ("wi", "wo")}
-        return params
-
-    def coder(name: str) -> Params:
-        return {
-            "relative_position": {"embedding": read(f"{name}.relpos_bias.rel_embedding")},
-            "stack": {
-                "blocks": {f"layers_{i}": block(f"{name}.layers_{i}", i == 1, name == "decoder") for i in range(2)}
-            },
-            "norm": {"scale": read(f"{name}.{name}_norm.scale")},
-        }
-
-    table = read("token_embedder.embedding")
-    return {"embedding": {"table": table}} | {name: coder(name) for name in ("encoder", "decoder")}
-
-
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "switch_tiny_golden.npz") as arrays:
@@ -94,7 +54,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return jax.tree.map(jnp.asarray, from_t5x(CONFIG))
+    return params_of(CHECKPOINT, CONFIG)
 
 
 def batch_of(golden: dict[str, np.ndarray], prefix: str) -> dict[str, Array]:
@@ -156,3 +116,43 @@ def test_zeroed_padding_gives_their_router_losses_and_drops(
         for theirs, ours in SOWN.items():
             expected = golden[f"{kind}_sown/{stack}/layers_1/mlp/{theirs}"]
             np.testing.assert_allclose(means[ours], expected, rtol=1e-5, atol=1e-6, err_msg=f"{stack} {ours}")
+
+
+SCANNED = dataclasses.replace(
+    CONFIG,
+    emb_dim=16,
+    head_dim=4,
+    mlp_dim=32,
+    num_encoder_layers=4,
+    num_decoder_layers=4,
+    relpos_per_layer=True,
+)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(("kind", "capacity_factor"), [("eval", 2.0), ("train", 1.25)])
+def test_a_scanned_checkpoint_gives_its_logits_and_losses_scanned_or_not(
+    kind: str, capacity_factor: float, scan_layers: bool
+) -> None:
+    with np.load(GOLDEN / "switch_tiny_scan_golden.npz") as arrays:
+        golden = dict(arrays)
+    assert CONFIG.moe is not None
+    moe = dataclasses.replace(CONFIG.moe, eval_capacity_factor=capacity_factor, padding="zeroed")
+    config = dataclasses.replace(SCANNED, scan_layers=scan_layers, moe=moe)
+    model = Model(config)
+    params = params_of(GOLDEN / "switch_tiny_scan" / "checkpoint_5", config)
+    batch = batch_of(golden, "in_")
+    hidden, stats = jax.jit(lambda params, batch: model.bind(params)(batch))(params, batch)
+    ours = logits(hidden, model.bind(params).output_kernel())
+    real = golden["in_decoder_target_tokens"] > 0
+    np.testing.assert_allclose(ours[real], golden[f"{kind}_logits"][real], rtol=1e-5, atol=5e-5)
+    nats, z_loss = cross_entropy(
+        hidden, model.bind(params).output_kernel(), batch["decoder_target_tokens"], jnp.asarray(real), z_loss=1e-4
+    )
+    np.testing.assert_allclose(nats / real.sum(), golden[f"{kind}_cross_ent_loss"], rtol=5e-6)
+    np.testing.assert_allclose(z_loss / real.sum(), golden[f"{kind}_z_loss"], rtol=1e-5)
+    for stack in ("encoder", "decoder"):
+        means = stats.stacks()[stack].means()
+        theirs = [golden[key] for key in sorted(golden) if f"{kind}_sown/{stack}" in key and "auxiliary_loss" in key]
+        assert theirs, [key for key in golden if "sown" in key]
+        np.testing.assert_allclose(np.sort(means["load_balance_loss"]), np.sort(np.ravel(theirs)), rtol=1e-5)

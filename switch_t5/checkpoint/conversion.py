@@ -1,0 +1,217 @@
+"""From any format to any: array by array, in memory that the model's size does not change."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax import numpy as jnp
+
+from switch_t5.checkpoint import huggingface, native_layout, t5x
+from switch_t5.checkpoint.architecture import Architecture
+from switch_t5.checkpoint.fingerprint import Running, as_text
+from switch_t5.checkpoint.formats import HUGGING_FACE, NATIVE, T5X
+from switch_t5.checkpoint.huggingface_files import write_huggingface
+from switch_t5.checkpoint.param_map import Layout, Placed, convert
+from switch_t5.checkpoint.recognition import Recognised
+from switch_t5.checkpoint.stored_arrays import Index, StoredArray, writable_chunks
+from switch_t5.checkpoint.streamed_save import save_streamed
+from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
+from switch_t5.errors import UserError
+from switch_t5.storage import writable_directory
+
+CERTIFICATE = "conversion.json"
+_PIECE = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a conversion writes.
+
+    Attributes:
+      path: the checkpoint, when it is written.
+      format: its format.
+      places: its arrays.
+      arrays: of each shape and dtype, and what makes a part of it.
+      optimizer: whether the optimizer's state is among them.
+    """
+
+    path: Path
+    format: str
+    places: Mapping[str, Placed]
+    arrays: Mapping[str, StoredArray]
+    optimizer: bool
+
+
+def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: bool) -> Target:
+    """Lays out what a conversion will write; nothing is read or written yet.
+
+    Args:
+      source: the checkpoint.
+      to: the folder to write into.
+      form: ``native``, ``t5x`` or ``huggingface``.
+      dtype: of the parameters; None keeps theirs. The optimizer's state stays float32.
+      scanned: whether blocks are stacked, in the formats that can.
+
+    Raises:
+      UserError: the format has no place for the model, or the target exists.
+    """
+    architecture = source.architecture
+    layout, periods = _layout(architecture, form, scanned)
+    moments = source.moments if form != HUGGING_FACE and source.moments else None
+    places = layout.place(architecture, periods, moments)
+    if form == HUGGING_FACE:
+        huggingface.config_of(architecture, "float32")
+    arrays = {name: _array(source, entry, dtype) for name, entry in places.items()}
+    step = source.reader.checkpoint.step or 0
+    path = {NATIVE: Path(to), T5X: Path(to) / f"{FOLDER}{step}", HUGGING_FACE: Path(to)}[form]
+    occupied = path.exists() and any(path.iterdir())
+    if occupied:
+        raise UserError(f"--to={to}: {path} is there already and not empty: name another folder, or remove it.")
+    return Target(path, form, places, arrays, moments is not None)
+
+
+def _layout(architecture: Architecture, form: str, scanned: bool) -> tuple[Layout, dict[str, int]]:
+    periods = native_layout.periods(architecture)
+    if form == HUGGING_FACE:
+        return huggingface.layout_of(architecture), {}
+    if form == NATIVE:
+        return native_layout.layout_of(architecture, scan_layers=scanned), periods
+    if not architecture.relpos_per_layer:
+        if scanned:
+            raise UserError(
+                "T5X's scanned layouts have a relative position bias in every block, and this model shares one: leave "
+                "--scanned out."
+            )
+        return t5x.WRITTEN_OUT, {}
+    return (t5x.SCANNED if any(architecture.encoder + architecture.decoder) else t5x.SCALABLE), periods
+
+
+def _array(source: Recognised, entry: Placed, dtype: str | None) -> StoredArray:
+    """An array of the target; a part of it is read from the source when it is asked for."""
+    stored = source.reader.stored(entry.parameter)[0].dtype
+    kept = np.dtype(stored) if dtype is None or "@" in entry.parameter else jnp.dtype(dtype)
+
+    def read(index: Index) -> np.ndarray:
+        return convert(source.reader, entry, source.architecture, index).astype(kept, copy=False)
+
+    return StoredArray(entry.shape, kept, read)
+
+
+def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) -> dict[str, Any]:
+    """Writes the target under another name, and renames it when it is whole.
+
+    Args:
+      source: the checkpoint.
+      target: what :func:`plan` laid out.
+      tokenizer: a SentencePiece model to lie beside a Hugging Face model, as ``spiece.model``.
+
+    Returns:
+      The certificate: what was read and written, and the fingerprint of each array that was written.
+
+    Raises:
+      UserError: the disk is full or cannot be written; nothing is left.
+    """
+    writable_directory(target.path.parent, "--to")
+    partial = target.path.with_name(f".{target.path.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    sums: dict[str, str] = {}
+    recorded = {name: _recording(name, array, sums) for name, array in target.arrays.items()}
+    step = source.reader.checkpoint.step or 0
+    try:
+        if target.format == T5X:
+            scalars = {t5x.STEP: np.array(step, np.int32)}
+            scalars |= t5x.placeholders(target.places) if target.optimizer else {}
+            write_t5x(str(partial), recorded, scalars)
+        elif target.format == HUGGING_FACE:
+            dtype = next(iter(target.arrays.values())).dtype.name
+            write_huggingface(partial, huggingface.config_of(source.architecture, dtype), recorded)
+            if tokenizer is not None:
+                shutil.copy(tokenizer, partial / "spiece.model")
+        else:
+            scalars = {native_layout.STEP: step} | ({native_layout.COUNT: step} if target.optimizer else {})
+            save_streamed(partial, step, recorded, {name: np.array(value, np.int32) for name, value in scalars.items()})
+            (partial / "model.gin").write_text(source.architecture.gin())
+        certificate = _certificate(source, target, sums)
+        (partial / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+        if target.path.exists():
+            target.path.rmdir()
+        partial.rename(target.path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return certificate
+
+
+Produce = Callable[[Index | None], np.ndarray]
+
+
+def _recording(name: str, array: StoredArray, sums: dict[str, str]) -> tuple[StoredArray, Produce]:
+    """An array whose fingerprint is kept as its parts are made, each once."""
+    running = Running()
+
+    def produce(index: Index | None) -> np.ndarray:
+        values = array.whole() if index is None else array.read(index)
+        index = tuple(slice(0, dim) for dim in array.shape) if index is None else index
+        running.add_part(values, index, array.shape)
+        sums[name] = as_text(running.sums)
+        return values
+
+    return array, produce
+
+
+def _certificate(source: Recognised, target: Target, sums: Mapping[str, str]) -> dict[str, Any]:
+    checkpoint = source.reader.checkpoint
+    return {
+        "from": {"path": checkpoint.path, "format": checkpoint.format, "step": checkpoint.step},
+        "to": {"path": str(target.path), "format": target.format, "optimizer": target.optimizer},
+        "architecture": json.loads(json.dumps(dataclasses.asdict(source.architecture))),
+        "parameters": sum(int(np.prod(entry.shape)) for entry in target.places.values() if "@" not in entry.parameter),
+        "arrays": {
+            name: {"shape": list(array.shape), "dtype": array.dtype.name, "fingerprint": sums[name]}
+            for name, array in target.arrays.items()
+        },
+    }
+
+
+def compare(source: Recognised, written: Recognised) -> dict[str, Any]:
+    """Compares what was written, read anew, with its source, parameter by parameter.
+
+    Returns:
+      ``arrays`` compared, ``worst_absolute`` and ``worst_relative`` differences (0 where nothing was cast).
+    """
+    worst = {"arrays": 0, "worst_absolute": 0.0, "worst_relative": 0.0}
+    architecture = source.architecture
+    kept = written.moments if written.moments else None
+    layout = native_layout.layout_of(architecture, scan_layers=False)
+    for entry in layout.place(architecture, {}, kept).values():
+        for index in pieces(entry.shape, 4):
+            one, other = (
+                convert(side.reader, entry, architecture, index).astype(np.float64) for side in (source, written)
+            )
+            difference = np.abs(one - other)
+            size = float(np.abs(one).max(initial=0.0))
+            absolute = float(difference.max(initial=0.0))
+            worst["worst_absolute"] = max(worst["worst_absolute"], absolute)
+            worst["worst_relative"] = max(worst["worst_relative"], absolute / size if size else absolute)
+        worst["arrays"] += 1
+    return worst
+
+
+@functools.cache
+def pieces(shape: tuple[int, ...], itemsize: int) -> tuple[Index, ...]:
+    """Parts of an array of at most 64 MB each, along its first dims; heads and kv are never cut."""
+    chunk = list(shape)
+    for dim in range(len(shape)):
+        if int(np.prod(chunk)) * itemsize <= _PIECE:
+            break
+        rest = int(np.prod(chunk[dim + 1 :])) * itemsize
+        chunk[dim] = max(1, _PIECE // max(1, rest))
+    return tuple(writable_chunks(shape, tuple(chunk)))

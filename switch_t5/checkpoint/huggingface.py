@@ -1,0 +1,200 @@
+"""The tables of Hugging Face: T5 v1.0 and v1.1, mT5, Switch Transformers; and their ``config.json``.
+
+Linear layers are stored ``[out, in]`` and every expert by itself. Source: transformers' ``modeling_t5`` and
+``modeling_switch_transformers`` (5.23), and models that it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from switch_t5.checkpoint.architecture import STACKS, Architecture
+from switch_t5.checkpoint.param_map import BLOCK_AXES, Layout, Rule
+from switch_t5.errors import UserError
+
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""Copies of ``shared.weight`` that a folder may hold; ``lm_head.weight`` is one more where logits are tied."""
+HEAD = "lm_head.weight"
+_EMBEDDING = "shared.weight"
+# Stands in the first T5 checkpoints, and no version of the model has read it.
+_UNUSED_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+T5, SWITCH, MT5 = "t5", "switch_transformers", "mt5"
+ARCHITECTURES = {
+    T5: "T5ForConditionalGeneration",
+    MT5: "MT5ForConditionalGeneration",
+    SWITCH: "SwitchTransformersForConditionalGeneration",
+}
+
+_ATTENTION = {"query": ("q", "(heads kv) embed"), "key": ("k", "(heads kv) embed"), "value": ("v", "(heads kv) embed")}
+_ATTENTION["out"] = ("o", "embed (heads kv)")
+
+
+def _block_rule(stack: str, parameter: str, dense: str) -> Rule | None:
+    """The rule of a block's parameter; ``dense`` is how a dense feed-forward is called."""
+    sublayers = ["self_attention", "mlp"] if stack == "encoder" else ["self_attention", "cross_attention", "mlp"]
+    layer, *rest = parameter.removesuffix("_norm").split("/")
+    if layer not in sublayers:
+        return None
+    prefix = f"{stack}.block.{{layer}}.layer.{sublayers.index(layer)}"
+    if parameter.endswith("_norm"):
+        return Rule(f"{stack}/{parameter}", f"{prefix}.layer_norm.weight", "embed")
+    if layer != "mlp":
+        module = "SelfAttention" if layer == "self_attention" else "EncDecAttention"
+        name, axes = _ATTENTION[rest[0]]
+        return Rule(f"{stack}/{parameter}", f"{prefix}.{module}.{name}.weight", axes)
+    if rest == ["router"]:
+        return Rule(f"{stack}/{parameter}", f"{prefix}.mlp.router.classifier.weight", "expert embed")
+    axes = "embed mlp" if rest[-1] == "wo" else "mlp embed"
+    module = "mlp.experts.expert_{expert}" if rest[0] == "experts" else dense
+    return Rule(f"{stack}/{parameter}", f"{prefix}.{module}.{rest[-1]}.weight", axes)
+
+
+def _layout(name: str, dense: str) -> Layout:
+    rules = [Rule("embedding", _EMBEDDING, "vocab embed"), Rule("logits", HEAD, "vocab embed")]
+    for stack in STACKS:
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        rules.append(Rule(f"{stack}/shared_relative_position", bias, "relpos_buckets heads"))
+        rules.append(Rule(f"{stack}/norm", f"{stack}.final_layer_norm.weight", "embed"))
+        found = [_block_rule(stack, parameter, dense) for parameter in BLOCK_AXES if parameter != "relative_position"]
+        rules += [rule for rule in found if rule is not None]
+    return Layout(name, tuple(rules))
+
+
+DENSE_LAYOUT = _layout("Hugging Face's T5", "DenseReluDense")
+SWITCH_LAYOUT = _layout("Hugging Face's Switch Transformers", "mlp")
+LAYOUTS = (DENSE_LAYOUT, SWITCH_LAYOUT)
+
+
+def layout_of(architecture: Architecture) -> Layout:
+    """The table of a model."""
+    return SWITCH_LAYOUT if any(architecture.encoder + architecture.decoder) else DENSE_LAYOUT
+
+
+def sparse_pattern(num_layers: int, num_sparse: int) -> tuple[bool, ...]:
+    """Which blocks transformers makes sparse of a configuration's numbers."""
+    step = max(1, num_layers // num_sparse) if num_sparse > 0 else num_layers
+    return tuple(step == 1 or index % step == 1 for index in range(num_layers))
+
+
+def architecture_of(config: Mapping[str, Any], path: str) -> Architecture:
+    """The model that a ``config.json`` describes.
+
+    Raises:
+      UserError: it is of another kind of model, or lacks a number.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{path}/config.json describes a model of type {kind!r}: {', '.join(ARCHITECTURES)} can be read."
+        )
+    numbers = {}
+    for name in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers"):
+        numbers[name] = _count(config, name, path)
+    encoder_layers = numbers["num_layers"]
+    decoder_layers = _count(config, "num_decoder_layers", path, encoder_layers)
+    encoder, decoder, experts = (False,) * encoder_layers, (False,) * decoder_layers, 0
+    if kind == SWITCH:
+        if config.get("router_bias"):
+            raise UserError(f"{path}/config.json has router_bias, which our router has not.")
+        experts = _count(config, "num_experts", path, 8)
+        encoder = sparse_pattern(encoder_layers, _count(config, "num_sparse_encoder_layers", path, 3, least=0))
+        decoder = sparse_pattern(decoder_layers, _count(config, "num_sparse_decoder_layers", path, 3, least=0))
+    projection = str(config.get("feed_forward_proj", "relu" if kind != MT5 else "gated-gelu"))
+    activation = projection if kind != SWITCH else str(config.get("dense_act_fn", "relu"))
+    if activation not in ("relu", "gated-gelu", "gelu_new") or (activation == "gelu_new" and kind == SWITCH):
+        raise UserError(f"{path}/config.json has the feed-forward {activation!r}: relu and gated-gelu can be read.")
+    epsilon = config.get("layer_norm_epsilon", 1e-6)
+    if epsilon != 1e-6:
+        raise UserError(f"{path}/config.json has layer_norm_epsilon {epsilon}, where this library has 1e-06.")
+    return Architecture(
+        vocab_size=numbers["vocab_size"],
+        emb_dim=numbers["d_model"],
+        num_heads=numbers["num_heads"],
+        head_dim=numbers["d_kv"],
+        mlp_dim=numbers["d_ff"],
+        relpos_num_buckets=_count(config, "relative_attention_num_buckets", path, 32),
+        encoder=encoder,
+        decoder=decoder,
+        encoder_experts=experts if any(encoder) else 0,
+        decoder_experts=experts if any(decoder) else 0,
+        gated=activation.startswith("gated"),
+        tied_logits=bool(config.get("tie_word_embeddings", kind != MT5)),
+    )
+
+
+def _count(config: Mapping[str, Any], name: str, path: str, default: int | None = None, least: int = 1) -> int:
+    value = config.get(name, default)
+    value = default if value is None else value
+    # The largest released number is a vocabulary's; beyond it a damaged or hostile file must not size anything.
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1 << 24:
+        raise UserError(f"{path}/config.json has {name} = {value!r}, where a positive integer belongs.")
+    return value
+
+
+def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """A ``config.json`` for a model.
+
+    Raises:
+      UserError: transformers has no such model: what it lacks is named.
+    """
+    sparse = any(architecture.encoder + architecture.decoder)
+    config: dict[str, Any] = {
+        "model_type": SWITCH if sparse else T5,
+        "architectures": [ARCHITECTURES[SWITCH if sparse else T5]],
+        "dtype": dtype,
+        "vocab_size": architecture.vocab_size,
+        "d_model": architecture.emb_dim,
+        "d_kv": architecture.head_dim,
+        "d_ff": architecture.mlp_dim,
+        "num_layers": len(architecture.encoder),
+        "num_decoder_layers": len(architecture.decoder),
+        "num_heads": architecture.num_heads,
+        "relative_attention_num_buckets": architecture.relpos_num_buckets,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+        "tie_word_embeddings": architecture.tied_logits,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    if architecture.relpos_per_layer:
+        raise UserError(
+            "Hugging Face's T5 shares one relative position bias among blocks, and this model has one each."
+        )
+    if not sparse:
+        return config | {"feed_forward_proj": "gated-gelu" if architecture.gated else "relu", "dropout_rate": 0.0}
+    if architecture.gated:
+        raise UserError("Hugging Face's Switch Transformers have no gated feed-forwards, and this model has.")
+    counts = {stack: sum(architecture.blocks(stack)) for stack in STACKS}
+    for stack in STACKS:
+        blocks = architecture.blocks(stack)
+        if sparse_pattern(len(blocks), counts[stack]) != blocks:
+            raise UserError(
+                f"Hugging Face's Switch Transformers cannot have the sparse {stack} blocks "
+                f"{[index for index, sparse_block in enumerate(blocks) if sparse_block]} of {len(blocks)}."
+            )
+    if architecture.encoder_experts != architecture.decoder_experts:
+        raise UserError("Hugging Face's Switch Transformers have as many experts in encoder and decoder.")
+    return config | {
+        "num_experts": architecture.encoder_experts,
+        "num_sparse_encoder_layers": counts["encoder"],
+        "num_sparse_decoder_layers": counts["decoder"],
+        "router_bias": False,
+        "router_dtype": "float32",
+        "dense_act_fn": "relu",
+        "dropout_rate": 0.0,
+        "router_jitter_noise": 0.0,
+    }
+
+
+def without_copies(arrays: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The arrays less copies of tied ones, the embedding by its own name, and what transformers ignores too."""
+    copies = (*COPIES, HEAD) if architecture.tied_logits else COPIES
+    kept = {name: array for name, array in arrays.items() if name not in copies and name != _UNUSED_BIAS}
+    copy = next((name for name in copies if name in arrays), None)
+    if _EMBEDDING not in kept and copy is not None:
+        kept[_EMBEDDING] = arrays[copy]
+    return kept

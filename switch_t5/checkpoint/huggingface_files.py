@@ -1,0 +1,174 @@
+"""Hugging Face's files, without its libraries: ``config.json`` and safetensors shards. Pickles are never read."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from jax import numpy as jnp
+
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
+from switch_t5.errors import UserError
+from switch_t5.storage import storage_errors
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST_JSON = 1 << 28
+_SHARD_BYTES = 1 << 31
+
+
+def open_huggingface(path: str) -> OpenCheckpoint:
+    """Opens a folder of Hugging Face's; headers are read and checked, arrays are not.
+
+    Raises:
+      CheckpointDamaged: a file is missing, cut short or no safetensors, or an array of the index is not there.
+      UserError: the weights are pickled, or the index names a file elsewhere.
+    """
+    folder = Path(path)
+    if "://" in path:
+        raise UserError(f"{path}: Hugging Face folders are read from a local or mounted disk; copy it to one.")
+    config = _read_json(folder / CONFIG)
+    arrays: dict[str, StoredArray] = {}
+    for file, names in _shards(folder).items():
+        found = _open_shard(folder / file)
+        lacking = [name for name in names if name not in found]
+        if lacking:
+            raise CheckpointDamaged(f"{folder / file} lacks {', '.join(lacking[:3])}, which the index promises.")
+        arrays |= found
+    return OpenCheckpoint(path, "huggingface", arrays, None, config)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file has.")
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{file} is missing: {file.parent} is no whole Hugging Face model.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{file} is damaged: it is no JSON ({str(error)[:100]}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointDamaged(f"{file} is damaged: it is no JSON object.")
+    return value
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """The files of the weights, each with the arrays that the index promises in it."""
+    if (folder / WEIGHTS_INDEX).exists():
+        where = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+            raise CheckpointDamaged(f"{folder / WEIGHTS_INDEX} is damaged: it has no weight_map.")
+        files: dict[str, list[str]] = {}
+        for name, file in where.items():
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise UserError(f"{folder / WEIGHTS_INDEX} names the file {file!r}, outside of the folder: refused.")
+            files.setdefault(file, []).append(name)
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise CheckpointDamaged(
+                f"{folder} is not whole: it lacks {', '.join(missing[:3])} with {files[missing[0]][0]} and "
+                f"{sum(len(files[file]) for file in missing) - 1} more arrays."
+            )
+        return files
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS: []}
+    if any((folder / name).exists() for name in PICKLES):
+        raise UserError(
+            f"{folder} holds pickled weights, which can run code and are never read; write them anew with "
+            "transformers: model.save_pretrained(FOLDER, safe_serialization=True)."
+        )
+    raise CheckpointDamaged(f"{folder} has no {WEIGHTS} and no {WEIGHTS_INDEX}: it is no whole Hugging Face model.")
+
+
+def _open_shard(file: Path) -> dict[str, StoredArray]:
+    try:
+        # The library checks the header: sizes, overlaps, and that the file has each byte that it promises.
+        opened = safetensors.safe_open(file, framework="numpy")
+        arrays = {}
+        for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            piece = opened.get_slice(name)
+            if piece.get_dtype() not in _DTYPES:
+                raise UserError(f"{file} holds {name} of dtype {piece.get_dtype()}: {', '.join(_DTYPES)} can be read.")
+            shape = tuple(piece.get_shape())
+            arrays[name] = StoredArray(
+                shape, jnp.dtype(_DTYPES[piece.get_dtype()]), functools.partial(_read, opened, name, shape)
+            )
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointDamaged(f"{file} is damaged: it is no safetensors file ({str(error)[:150]}).") from error
+    return arrays
+
+
+def _read(opened: Any, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    if not shape:
+        return opened.get_tensor(name)
+    return opened.get_slice(name)[index]
+
+
+def write_huggingface(
+    folder: Path,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, tuple[StoredArray, Callable[[Index | None], np.ndarray]]],
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a model: ``config.json`` and shards of safetensors.
+
+    Args:
+      folder: an empty folder that nobody reads yet.
+      config: the model's description.
+      arrays: by their names; of each its shape and dtype, and what makes it or a part of it.
+      shard_bytes: the size that a shard stays below, unless one array is larger.
+
+    Raises:
+      UserError: the disk is full or cannot be written.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (array, _) in arrays.items():
+        if shards[-1] and size + array.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    with storage_errors(f"Writing {folder}", "what stood there before is untouched"):
+        where = {}
+        for number, names in enumerate(shards, 1):
+            file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            _write_shard(folder / file, {name: arrays[name] for name in names})
+            where |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            total = sum(array.nbytes for array, _ in arrays.values())
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Callable[[Index | None], np.ndarray]]]) -> None:
+    """Writes one file, array by array; safetensors' own writer wants all of a file's arrays in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (array, _) in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for array, produce in arrays.values():
+            # Whole rows at a time are consecutive bytes.
+            rows = max(1, (1 << 26) // max(1, array.nbytes // max(1, array.shape[0])))
+            for index in writable_chunks(array.shape, (min(rows, array.shape[0]), *array.shape[1:])):
+                stream.write(np.ascontiguousarray(produce(index)).tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,146 @@
+"""From a checkpoint of any format onto the devices: each reads its own part of each array, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from switch_t5.checkpoint import naming, native_layout
+from switch_t5.checkpoint.architecture import Architecture
+from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.param_map import Placed, convert
+from switch_t5.checkpoint.recognition import Recognised
+from switch_t5.checkpoint.stored_arrays import Index
+from switch_t5.errors import UserError
+from switch_t5.model.config import TransformerConfig
+
+_PARAMS = "params"
+
+
+class Loaded(NamedTuple):
+    """What was read.
+
+    Attributes:
+      params: structured, sharded and typed as asked.
+      step: training steps done, where the checkpoint says.
+    """
+
+    params: Any
+    step: int | None
+
+
+def is_known(path: str) -> bool:
+    """Whether a checkpoint holds a model that the tables know; one of ours may have more than they do."""
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def fitting(path: str, config: TransformerConfig) -> Recognised:
+    """Opens the checkpoint at a path for a model.
+
+    Raises:
+      UserError: it is of another architecture: the sentence says in what, and the gin that would fit.
+    """
+    wanted = Architecture.of(config)
+    recognised = read_checkpoint(path, wanted)
+    differences = recognised.architecture.differences(wanted)
+    if differences:
+        gin = " ".join(f"--gin.{line.replace(' = ', '=')}" for line in recognised.architecture.gin().splitlines())
+        raise UserError(f"{path} is of another architecture: {'; '.join(differences)}. These would fit: {gin}")
+    return recognised
+
+
+def load_params(path: str, config: TransformerConfig, abstract_params: Any) -> Loaded:
+    """Reads the parameters of a checkpoint for a model.
+
+    Args:
+      path: see :func:`switch_t5.checkpoint.formats.format_of`.
+      config: the model's.
+      abstract_params: a nested dictionary of jax.ShapeDtypeStruct with shardings.
+
+    Raises:
+      UserError: there is no checkpoint, it is damaged, or it is of another architecture.
+    """
+    recognised = fitting(path, config)
+    placed = native_places(config, None)
+    leaves = naming.named_leaves({_PARAMS: abstract_params})
+    read = placed_arrays(leaves, placed, reader_of(recognised), path)
+    return Loaded(naming.like({_PARAMS: abstract_params}, read)[_PARAMS], recognised.reader.checkpoint.step)
+
+
+def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any:
+    """Reads parameters, Adafactor's state and the step, so that training continues where it stopped.
+
+    Args:
+      path: see :func:`switch_t5.checkpoint.formats.format_of`.
+      config: the model's.
+      abstract_state: a training state of jax.ShapeDtypeStruct with shardings.
+
+    Raises:
+      UserError: as :func:`load_params`; or the checkpoint holds no optimizer's state, or one of another kind.
+    """
+    recognised = fitting(path, config)
+    step = recognised.reader.checkpoint.step
+    if not recognised.moments or step is None:
+        raise UserError(
+            f"{path} holds no state of Adafactor: set TrainConfig.initial_checkpoint_optimizer = False to start the "
+            "optimizer anew."
+        )
+    placed = native_places(config, recognised.moments)
+    leaves = naming.named_leaves(abstract_state)
+    count = np.int32(step)
+    scalars = {native_layout.STEP: count, native_layout.COUNT: count}
+    arrays = {name: leaf for name, leaf in leaves.items() if name not in scalars}
+    read = placed_arrays(arrays, placed, reader_of(recognised), path)
+    for name, value in scalars.items():
+        if name not in leaves:
+            raise UserError(f"{path} holds the state of Adafactor, and TrainConfig.optimizer is another.")
+        read[name] = jax.device_put(value, leaves[name].sharding)
+    return naming.like(abstract_state, read)
+
+
+def native_places(config: TransformerConfig, moments: dict[str, tuple[str, ...]] | None) -> dict[str, Placed]:
+    """Where each parameter (and moment) of a model lies in its training state."""
+    architecture = Architecture.of(config)
+    layout = native_layout.layout_of(architecture, scan_layers=config.scan_layers)
+    return layout.place(architecture, native_layout.periods(architecture), moments)
+
+
+Read = Callable[[Placed, Index], np.ndarray]
+"""Reads a part of what belongs into one array of ours."""
+
+
+def reader_of(recognised: Recognised) -> Read:
+    """Reads from a checkpoint."""
+    return lambda entry, index: convert(recognised.reader, entry, recognised.architecture, index)
+
+
+def placed_arrays(leaves: dict[str, Any], placed: dict[str, Placed], read: Read, path: str) -> dict[str, jax.Array]:
+    """Makes each array from the parts that its devices hold.
+
+    Raises:
+      UserError: the state wants an array that has no place, or one of another shape.
+    """
+    arrays = {}
+    for name, leaf in leaves.items():
+        entry = placed.get(name)
+        if entry is None or entry.shape != tuple(leaf.shape):
+            have = "nothing" if entry is None else f"shape {entry.shape}"
+            hint = ""
+            if name.startswith("opt_state/"):
+                hint = "; T5X factors every stacked kernel: adafactor.factor_small_stacks = True does too"
+            raise UserError(f"{path} has {have} for {name}, of shape {tuple(leaf.shape)} in this configuration{hint}.")
+
+        def part(index: Index | None, entry: Placed = entry, leaf: Any = leaf) -> np.ndarray:
+            assert index is not None
+            whole = tuple(slice(*at.indices(dim)[:2]) for at, dim in zip(index, leaf.shape, strict=True))
+            return read(entry, whole).astype(leaf.dtype)
+
+        arrays[name] = jax.make_array_from_callback(tuple(leaf.shape), leaf.sharding, part)
+    return arrays

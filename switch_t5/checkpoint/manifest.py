@@ -1,0 +1,151 @@
+"""What a checkpoint must be: the fingerprint of each array and the files that hold them, in ``manifest/manifest.json``.
+
+The manifest is an item of Orbax's, and the last to be finished: when it is written every other file of the checkpoint
+is there under a temporary name, and all of them get their final name together. It has each array's fingerprint, each
+file's size and, of files below a megabyte, the CRC-32; larger files hold nothing but arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from switch_t5.checkpoint.fingerprint import as_text
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+
+ITEM = "manifest"
+_FILE = "manifest.json"
+_SMALL = 1 << 20
+# Orbax writes these after every item; they hold no more than times.
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class ManifestHandler(ocp.CheckpointHandler):
+    """Writes the manifest when all items before it are finished."""
+
+    def __init__(self) -> None:
+        self._produce: Callable[[], Mapping[str, Any]] | None = None
+
+    def save(self, directory: epath.Path, args: ManifestSave) -> None:
+        """Remembers the fingerprints: they are still being computed."""
+        self._produce = args.fingerprints
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Writes the manifest; process 0 alone is called."""
+        assert self._produce is not None
+        arrays = {name: as_text(sums) for name, sums in self._produce().items()}
+        self._produce = None
+        checkpoint = Path(directory).parent
+        content = {"version": 1, "arrays": arrays, "files": _files(checkpoint)}
+        # Its own checksum goes before it, so that a flipped bit in the manifest is told from one in an array.
+        text = json.dumps(content, sort_keys=True)
+        with open(Path(directory) / _FILE, "w") as file:
+            file.write(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def restore(self, directory: epath.Path, args: Any = None) -> None:
+        """Manifests are read by :func:`read_manifest`."""
+        raise NotImplementedError
+
+
+@ocp.args.register_with_handler(ManifestHandler, for_save=True)
+@dataclasses.dataclass
+class ManifestSave(ocp.args.CheckpointArgs):
+    """What to save.
+
+    Attributes:
+      fingerprints: called in the background; gives two uint32 an array, by name.
+    """
+
+    fingerprints: Callable[[], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint must be.
+
+    Attributes:
+      arrays: the fingerprint of each by name, as :func:`switch_t5.checkpoint.fingerprint.as_text` writes it.
+      files: size and, of small ones, CRC-32, by path in the checkpoint.
+    """
+
+    arrays: Mapping[str, str]
+    files: Mapping[str, tuple[int, str | None]]
+
+
+def read_manifest(checkpoint: Path) -> Manifest | None:
+    """Reads a checkpoint's manifest; None for one that was saved before there were any.
+
+    Raises:
+      CheckpointDamaged: the manifest is damaged, or gone from a checkpoint that had one.
+    """
+    path = checkpoint / ITEM / _FILE
+    try:
+        checksum, text, end = path.read_text().split("\n")
+        if end or f"{zlib.crc32(text.encode()):08x}" != checksum:
+            raise ValueError("its checksum differs")
+        content = json.loads(text)
+        files = {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
+        return Manifest(content["arrays"], files)
+    except FileNotFoundError:
+        if path.parent.exists():
+            raise CheckpointDamaged(f"{path} is missing.") from None
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"{path} is damaged ({str(error)[:100]}).") from error
+
+
+def check_files(checkpoint: Path, manifest: Manifest) -> None:
+    """Checks that each file is there, as long as it was, and the small ones bit for bit.
+
+    Raises:
+      CheckpointDamaged: names the first that is not.
+    """
+    for name, (size, checksum) in manifest.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointDamaged(f"{path} is missing.")
+        if path.stat().st_size != size:
+            raise CheckpointDamaged(f"{path} has {path.stat().st_size:,} bytes of {size:,}.")
+        if checksum is not None and _checksum(path) != checksum:
+            raise CheckpointDamaged(f"{path} is damaged: its checksum differs.")
+
+
+def check_arrays(checkpoint: Path, manifest: Manifest, found: Mapping[str, Any]) -> None:
+    """Checks fingerprints of arrays that were read.
+
+    Args:
+      checkpoint: its folder.
+      manifest: what they must be.
+      found: two uint32 an array, by name; may be some of them.
+
+    Raises:
+      CheckpointDamaged: names the first that differs.
+    """
+    for name, sums in found.items():
+        if name in manifest.arrays and as_text(sums) != manifest.arrays[name]:
+            raise CheckpointDamaged(f"{checkpoint}: {name} is damaged: its values are not those that were saved.")
+
+
+def _files(checkpoint: Path) -> dict[str, tuple[int, str | None]]:
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        parts = [part.split(_TEMPORARY)[0] for part in path.relative_to(checkpoint).parts]
+        if path.is_file() and parts[0] != ITEM and parts[-1] not in _LATER:
+            size = path.stat().st_size
+            found["/".join(parts)] = (size, _checksum(path) if size <= _SMALL else None)
+    return found
+
+
+def _checksum(path: Path) -> str:
+    return f"{zlib.crc32(path.read_bytes()):08x}"

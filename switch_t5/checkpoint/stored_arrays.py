@@ -1,0 +1,70 @@
+"""Arrays of a checkpoint that are read piece by piece, whatever format holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from switch_t5.errors import UserError
+
+Index = tuple[slice, ...]
+"""A slice a dim, start and stop given, step 1."""
+
+
+class CheckpointDamaged(UserError):  # noqa: N818 (it says what is wrong with the user's files)
+    """A checkpoint whose files are missing, cut short or altered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """One array of a checkpoint, not yet read.
+
+    Attributes:
+      shape: its dims.
+      dtype: as NumPy (with ml_dtypes) calls it.
+      read: reads the part that an :data:`Index` names.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array in memory."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def whole(self) -> np.ndarray:
+        """The whole array."""
+        return self.read(tuple(slice(0, dim) for dim in self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenCheckpoint:
+    """An opened checkpoint: what it holds, by the names of its format.
+
+    Attributes:
+      path: where it is, for messages.
+      format: ``native``, ``t5x`` or ``huggingface``.
+      arrays: parameters and optimizer state by the format's names; nothing is read yet.
+      step: training steps done, where the format says.
+      config: the model's description that lies beside the arrays, where the format has one.
+    """
+
+    path: str
+    format: str
+    arrays: Mapping[str, StoredArray]
+    step: int | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def writable_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
+    """The parts of an array, a chunk each, in order."""
+    for at in np.ndindex(*(-(-size // part) for size, part in zip(shape, chunk, strict=True))):
+        yield tuple(
+            slice(where * part, min(size, (where + 1) * part))
+            for where, part, size in zip(at, chunk, shape, strict=True)
+        )

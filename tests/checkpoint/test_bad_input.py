@@ -1,0 +1,195 @@
+"""Damaged, hostile and foreign folders: each one clear error, before anything is allocated or run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import msgpack
+import pytest
+
+from switch_t5.checkpoint.conversion import plan, write
+from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+from switch_t5.errors import UserError
+from tests.checkpoint.test_conversion import SWITCH, converted, saved, state_of
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    run = saved(folder / "run", state_of(SWITCH))
+    return {
+        "t5x": converted(run, folder / "t5x", "t5x") / "checkpoint_17",
+        "huggingface": converted(run, folder / "hf", "huggingface"),
+        "run": run,
+    }
+
+
+@pytest.fixture
+def t5x(sources, tmp_path) -> Path:
+    return shutil.copytree(sources["t5x"], tmp_path / "checkpoint_17")
+
+
+@pytest.fixture
+def hugging_face(sources, tmp_path) -> Path:
+    return shutil.copytree(sources["huggingface"], tmp_path / "hf")
+
+
+def edit_index(folder: Path, change) -> None:
+    index = msgpack.unpackb((folder / "checkpoint").read_bytes(), ext_hook=msgpack.ExtType)
+    change(index)
+    (folder / "checkpoint").write_bytes(msgpack.packb(index))
+
+
+def leaf(index: dict) -> dict:
+    return index["optimizer"]["target"]["token_embedder"]["embedding"]
+
+
+def test_a_partly_downloaded_t5x_folder_names_its_missing_arrays(t5x):
+    os.remove(t5x / "target.encoder.layers_1.mlp.expert.wi.kernel" / "0.0.0")
+    shutil.rmtree(t5x / "target.encoder.layers_2.mlp.wo.kernel")
+    with pytest.raises(CheckpointDamaged, match=r"lacks files of target\.encoder\.layers_1\.mlp\.expert\.wi\.kernel, "):
+        read_checkpoint(str(t5x))
+    os.remove(t5x / "checkpoint")
+    with pytest.raises(CheckpointDamaged, match="has no file 'checkpoint', T5X's index"):
+        read_checkpoint(str(t5x))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda index: leaf(index)["kvstore"].update(path="../../etc/passwd"), "outside of the checkpoint: refused"),
+        (lambda index: leaf(index)["kvstore"].update(path="/etc"), "outside of the checkpoint: refused"),
+        (lambda index: leaf(index)["metadata"].update(shape=[1 << 39, 1 << 30]), "larger than any model's: refused"),
+        (lambda index: leaf(index)["metadata"].update(shape=[-1, 8]), "gives target/token_embedder/embedding shape"),
+        (lambda index: leaf(index)["metadata"].update(chunks=[0, 8]), "gives target/token_embedder/embedding shape"),
+        (lambda index: leaf(index).update(driver="json"), "describes no array"),
+        (lambda index: index["optimizer"]["target"].pop("token_embedder"), "lacks "),
+        (lambda index: index["optimizer"]["target"].update(extra=leaf(index)), "holds target/extra"),
+        (lambda index: index.update(version=2), "is of version 2"),
+        (lambda index: index.pop("optimizer"), "no index of T5X"),
+        (lambda index: index["optimizer"].update(target=[1]), "is list"),
+    ],
+)
+def test_a_hostile_or_foreign_index_is_refused(t5x, change, sentence):
+    edit_index(t5x, change)
+    with pytest.raises(UserError, match=sentence):
+        read_checkpoint(str(t5x))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xc1", b"\x91" * 5000, b"\xdf\xff\xff\xff\xff", b"\xc7\xff\x01" + b"x" * 300]
+)
+def test_bytes_that_are_no_msgpack_are_refused(t5x, content):
+    (t5x / "checkpoint").write_bytes(content)
+    with pytest.raises(CheckpointDamaged, match=r"is damaged: it is no msgpack|is no index of T5X"):
+        read_checkpoint(str(t5x))
+
+
+def test_a_truncated_array_of_t5x_is_named_when_it_is_read(t5x):
+    chunk = t5x / "target.token_embedder.embedding" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    source = read_checkpoint(str(t5x))
+    with pytest.raises(CheckpointDamaged, match=r"target\.token_embedder\.embedding is damaged"):
+        source.reader.stored("embedding")[0].whole()
+
+
+def test_pickles_are_never_read_and_the_way_round_is_told(hugging_face):
+    (hugging_face / "model.safetensors").rename(hugging_face / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"never read; write them anew .* safe_serialization=True"):
+        read_checkpoint(str(hugging_face))
+
+
+def header(size: int, text: bytes) -> bytes:
+    return struct.pack("<Q", size) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        header(1 << 62, b"{}"),
+        header(2, b"{}") + b"rest",
+        header(5, b"{]{]{"),
+        header(70, b'{"shared.weight":{"dtype":"F32","shape":[9999999],"data_offsets":[0,4]}}'[:70]),
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_refused(hugging_face, content):
+    (hugging_face / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointDamaged, match=r"model\.safetensors is damaged: it is no safetensors file"):
+        read_checkpoint(str(hugging_face))
+
+
+def test_a_truncated_safetensors_file_is_refused(hugging_face):
+    file = hugging_face / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointDamaged, match="is no safetensors file"):
+        read_checkpoint(str(hugging_face))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_experts": 5}, r"lacks .*expert_3\.wi\.weight"),
+        ({"num_layers": 8, "num_sparse_encoder_layers": 4}, r"lacks encoder\.block\.4"),
+        ({"d_model": 16}, "of shape"),
+        ({"model_type": "llama"}, "a model of type 'llama'"),
+        ({"d_ff": -1}, "d_ff = -1, where a positive integer belongs"),
+        ({"d_ff": 1 << 40}, "where a positive integer belongs"),
+        ({"d_ff": "many"}, "where a positive integer belongs"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon 1e-05"),
+        ({"router_bias": True}, "router_bias"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_arrays_is_told(hugging_face, change, sentence):
+    file = hugging_face / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=sentence):
+        read_checkpoint(str(hugging_face))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
+def test_a_hostile_config_is_refused(hugging_face, text):
+    (hugging_face / "config.json").write_text(text)
+    with pytest.raises(CheckpointDamaged, match=r"config\.json is damaged"):
+        read_checkpoint(str(hugging_face))
+
+
+@pytest.mark.parametrize("where", ["../elsewhere.safetensors", "/etc/passwd", ".."])
+def test_an_index_that_names_files_elsewhere_is_refused(hugging_face, where):
+    index = {"weight_map": {"shared.weight": where}}
+    (hugging_face / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="outside of the folder: refused"):
+        read_checkpoint(str(hugging_face))
+
+
+def test_a_missing_shard_is_named_with_an_array_of_it(hugging_face):
+    index = {"weight_map": {"shared.weight": "model-00001-of-00002.safetensors"}}
+    (hugging_face / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointDamaged, match=r"lacks model-00001-of-00002\.safetensors with shared\.weight"):
+        read_checkpoint(str(hugging_face))
+
+
+@pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])
+def test_no_space_half_way_leaves_nothing_and_the_source_untouched(sources, tmp_path, monkeypatch, form):
+    source = read_checkpoint(str(sources["run"]))
+    target = plan(source, str(tmp_path / "to"), form, dtype=None, scanned=False)
+    made: list[int] = []
+    for name, array in target.arrays.items():
+
+        def read(index, array=array):
+            made.append(1)
+            if len(made) > 20:
+                raise OSError(28, "No space left on device")
+            return array.read(index)
+
+        target.arrays[name] = type(array)(array.shape, array.dtype, read)
+    before = {path: path.stat().st_mtime_ns for path in sources["run"].rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"Writing .* failed \(No space left on device\): make room there"):
+        write(source, target)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path: path.stat().st_mtime_ns for path in before} == before

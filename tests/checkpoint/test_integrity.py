@@ -1,0 +1,260 @@
+"""Damage, kills and rivals: nothing goes unnoticed, and no earlier checkpoint is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from switch_t5.checkpoint.fingerprint import Running, as_text, begin, finish, of_numpy
+from switch_t5.checkpoint.formats import open_checkpoint
+from switch_t5.checkpoint.manager import Checkpointer
+from switch_t5.checkpoint.native_files import verify
+from switch_t5.checkpoint.retention import CheckpointConfig
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+from switch_t5.errors import UserError
+
+TIMES_ALONE = "_CHECKPOINT_METADATA"
+"""Orbax's file of when a checkpoint was made: nothing of a state is in it."""
+
+
+def state(step: int) -> dict[str, jax.Array]:
+    return {"x": jnp.arange(600, dtype=jnp.float32) + step, "n": jnp.asarray(step, jnp.int32)}
+
+
+def abstract() -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpointer(folder) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state(step), str(step).encode(), {"loss": 0.5})
+    return folder
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1 << 3
+    path.write_bytes(data)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, halve, Path.unlink])
+def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_used(two, tmp_path, damage, capsys):
+    files = [path.relative_to(two) for path in (two / "checkpoints" / "2").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for number, file in enumerate(files):
+        run = tmp_path / str(number)
+        shutil.copytree(two, run)
+        damage(run / file)
+        with Checkpointer(run) as checkpointer:
+            restored = checkpointer.restore(abstract())
+        if file.name in (TIMES_ALONE, "commit_success.txt") and restored.step == 2:
+            assert restored.data_state == b"2"
+            np.testing.assert_array_equal(restored.state["x"], state(2)["x"])
+            continue
+        assert restored.step == 1, file
+        np.testing.assert_array_equal(restored.state["x"], state(1)["x"])
+        assert sorted(path.name for path in (run / "checkpoints").glob("[0-9]*")) == ["1", "2.damaged"]
+        said = capsys.readouterr().err
+        assert "checkpoints/2 is damaged (" in said
+        assert "; it is now 2.damaged, and step 1 is used." in said
+
+
+def test_a_bit_flipped_in_memory_before_it_was_written_is_named(two, tmp_path):
+    """The files are whole and their checksums right: only the array's own fingerprint tells."""
+    import zlib
+
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    manifest = run / "checkpoints" / "2" / "manifest" / "manifest.json"
+    _, text, _ = manifest.read_text().split("\n")
+    right = of_numpy(np.asarray(state(2)["x"]))
+    assert right in text
+    text = text.replace(right, as_text(np.array([1, 2], np.uint32)))
+    manifest.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+    with Checkpointer(run, read_only=True) as checkpointer, pytest.raises(CheckpointDamaged, match="x is damaged"):
+        checkpointer.restore(abstract(), 2)
+    with pytest.raises(CheckpointDamaged, match="x is damaged: its values are not those that were saved"):
+        verify(open_checkpoint(str(run)))
+
+
+def test_the_last_checkpoint_is_never_put_aside(two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    shutil.rmtree(run / "checkpoints" / "1")
+    flip(run / "checkpoints" / "2" / "state" / "_METADATA")
+    with Checkpointer(run) as checkpointer, pytest.raises(CheckpointDamaged, match="delete that folder"):
+        checkpointer.restore(abstract())
+    assert (run / "checkpoints" / "2").is_dir()
+
+
+def test_a_run_goes_on_over_a_damaged_checkpoint(two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    flip(run / "checkpoints" / "2" / "state" / "_METADATA")
+    with Checkpointer(run, CheckpointConfig(keep=1)) as checkpointer:
+        assert checkpointer.restore(abstract()).step == 1
+        assert checkpointer.save(2, state(2), b"2 again")
+        checkpointer.wait()
+        assert checkpointer.restore(abstract()).data_state == b"2 again"
+
+
+def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
+    with Checkpointer(tmp_path):
+        with pytest.raises(UserError, match=rf"is being written by another run \(process {os.getpid()}\)"):
+            Checkpointer(tmp_path)
+        Checkpointer(tmp_path, read_only=True).close()
+    Checkpointer(tmp_path).close()
+
+
+def test_failed_saves_are_told_tried_again_and_at_last_fatal(tmp_path, monkeypatch, capsys):
+    config = CheckpointConfig(tolerated_failures=2)
+    with Checkpointer(tmp_path, config) as checkpointer:
+        assert checkpointer.save(1, state(1), b"")
+        checkpointer.wait()
+        full = OSError(28, "No space left on device")
+
+        def fail(*args: object, **more: object) -> None:
+            raise full
+
+        monkeypatch.setattr(checkpointer._manager, "save", fail)
+        for step in (2, 3):
+            assert not checkpointer.save(step, state(step), b"")
+            said = capsys.readouterr().err
+            assert f"step {step} in {tmp_path}/checkpoints failed (No space left" in said
+            assert "the checkpoint of step 1 is whole" in said
+        with pytest.raises(UserError, match=r"step 4 .* failed"):
+            checkpointer.save(4, state(4), b"")
+        monkeypatch.undo()
+        checkpointer._failures.clear()
+        assert checkpointer.save(5, state(5), b"")
+        checkpointer.wait()
+        # A success in between begins the count anew.
+        monkeypatch.setattr(checkpointer._manager, "save", fail)
+        assert not checkpointer.save(6, state(6), b"")
+        with pytest.raises(UserError, match="step 6"):
+            checkpointer.wait()
+    assert checkpointer.steps() == [1, 5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int8", "bool", "int32"])
+@pytest.mark.parametrize("shape", [(), (7,), (4, 6, 8)])
+def test_a_fingerprint_is_the_same_on_the_host_and_on_any_mesh(shape, dtype):
+    values = np.random.default_rng(0).standard_normal(shape) * 50
+    array = values.astype(jnp.dtype(dtype))
+    expected = of_numpy(array)
+    if dtype != "float64":  # JAX has none by default.
+        assert as_text(finish({"a": begin(jnp.asarray(array))})["a"]) == expected
+        if len(shape) == 3:
+            mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+            sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, "a", "b")))
+            assert as_text(finish({"a": begin(sharded)})["a"]) == expected
+    running = Running()
+    if len(shape) == 3:
+        for at in range(0, 6, 4):
+            index = (slice(0, 4), slice(at, min(6, at + 4)), slice(0, 8))
+            running.add_part(array[index], index, shape)
+        assert as_text(running.sums) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300), st.data())
+def test_one_flipped_bit_always_changes_both_kinds_of_fingerprint(seed, size, data):
+    array = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    before = of_numpy(array)
+    at, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 31))
+    array.view(np.uint32)[at] ^= np.uint32(1) << np.uint32(bit)
+    assert of_numpy(array)[:8] != before[:8]
+
+
+SAVING = """
+    import os, sys, time
+    from pathlib import Path
+    import numpy as np
+    import jax, jax.numpy as jnp
+    from switch_t5.checkpoint import manager, orbax_manager
+    from switch_t5.checkpoint.retention import CheckpointConfig
+
+    def state(step):
+        return {"x": jnp.full((1 << 16,), step, jnp.float32), "n": jnp.asarray(step, jnp.int32)}
+
+    def save_until_killed(folder):
+        with manager.Checkpointer(folder, CheckpointConfig(keep=2)) as checkpointer:
+            step = checkpointer.latest_step() or 0
+            if step:
+                like = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0)
+                )
+                restored = checkpointer.restore(like)
+                assert restored.step == step == int(restored.state["n"]), (restored.step, step)
+                assert (np.asarray(restored.state["x"]) == step).all()
+                assert restored.data_state == str(step).encode()
+            (folder / "sound").write_text(str(step))
+            while True:
+                step += 1
+                checkpointer.save(step, state(step), str(step).encode())
+
+    # The imports are done once: each kill is of a child that was forked before JAX had started anything.
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            save_until_killed(Path(line.strip()))
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_every_restart_after_a_kill_at_a_random_moment_finds_a_sound_checkpoint(tmp_path):
+    code = textwrap.dedent(SAVING)
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    nursery = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert nursery.stdin is not None and nursery.stdout is not None
+    moments = random.Random(0)
+    last = 0
+    for _ in range(50):
+        sound = tmp_path / "sound"
+        sound.unlink(missing_ok=True)
+        print(tmp_path, file=nursery.stdin, flush=True)
+        child = int(nursery.stdout.readline())
+        deadline = time.monotonic() + 60
+        while not sound.exists() or not sound.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert int(sound.read_text()) >= last, "a checkpoint was lost"
+        last = int(sound.read_text())
+        time.sleep(moments.uniform(0.0, 0.7))
+        os.kill(child, signal.SIGKILL)
+        assert int(nursery.stdout.readline()) == signal.SIGKILL
+    nursery.stdin.close()
+    nursery.wait(10)
+    nursery.stdout.close()
+    assert last > 10
