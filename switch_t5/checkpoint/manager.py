@@ -162,12 +162,12 @@ class Checkpointer:
         with self._save_errors():
             values = {name: float(value) for name, value in (metrics or {}).items()}
             self._manager.save(step, args=items, metrics=values, force=True)
-        best = self._config.keep_best
-        if best is not None and metrics is not None and best not in metrics:
-            raise ConfigError(
-                "CheckpointConfig.keep_best",
-                f"names {best!r}, which is not among the metrics ({', '.join(metrics)}).{closest(best, metrics)}",
-            )
+        for best in self._config.best_metrics:
+            if metrics is not None and best not in metrics:
+                raise ConfigError(
+                    "CheckpointConfig.keep_best",
+                    f"names {best!r}, which is not among the metrics ({', '.join(metrics)}).{closest(best, metrics)}",
+                )
         return True
 
     def wait(self) -> None:

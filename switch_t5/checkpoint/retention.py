@@ -22,9 +22,11 @@ class CheckpointConfig:
     Attributes:
       keep: how many of the latest are kept; None keeps all.
       keep_period: additionally kept are those whose step is a multiple of this.
-      keep_best: additionally kept are the best by the metric of this name.
-      keep_best_mode: ``"min"`` where a smaller value of that metric is better, else ``"max"``.
-      keep_best_count: how many of the best are kept.
+      keep_best: additionally kept are the best by the metric of this name, or by each of these; ``"tasks"`` means the
+        score of each task that is evaluated.
+      keep_best_mode: ``"min"`` where a smaller value of that metric is better, else ``"max"``; of a task's score a
+        larger one always is.
+      keep_best_count: how many of the best, by each metric, are kept.
       tolerated_failures: saves in a row that may fail, for a full disk say, before the run ends; each is told, and
         the next is tried at its time. The last save of a run must succeed.
 
@@ -34,10 +36,20 @@ class CheckpointConfig:
 
     keep: int | None = 3
     keep_period: int | None = None
-    keep_best: str | None = None
+    keep_best: str | tuple[str, ...] | None = None
     keep_best_mode: str = "min"
     keep_best_count: int = 1
     tolerated_failures: int = 3
+
+    @property
+    def best_metrics(self) -> tuple[str, ...]:
+        """The names of the metrics by which the best are kept."""
+        best = self.keep_best
+        return () if best is None else (best,) if isinstance(best, str) else tuple(best)
+
+    def mode(self, metric: str) -> str:
+        """``"min"`` or ``"max"``; a task's metrics are named ``<task>/<metric>``."""
+        return "max" if "/" in metric else self.keep_best_mode
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -62,8 +74,9 @@ def manager_options(config: CheckpointConfig, *, read_only: bool) -> ocp.Checkpo
     policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep)]
     if config.keep_period is not None:
         policies.append(ocp.checkpoint_managers.EveryNSteps(config.keep_period))
-    quality = functools.partial(_quality, name=config.keep_best, mode=config.keep_best_mode)
-    if config.keep_best is not None:
+    quality = functools.partial(_quality, name=None, mode="max")
+    for metric in config.best_metrics:
+        quality = functools.partial(_quality, name=metric, mode=config.mode(metric))
         policies.append(
             ocp.checkpoint_managers.BestN(
                 get_metric_fn=quality,

@@ -15,9 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.cli.configuration import Configuration
-from switch_t5.data.pipeline import DataConfig, evaluation_batches
+from switch_t5.data.pipeline import DataConfig, evaluation_batches, get_vocabulary
 from switch_t5.errors import ConfigError
+from switch_t5.inference.config import DecodingConfig, EvaluationConfig
 from switch_t5.inference.evaluator import EVALUATION_METRICS, evaluate
+from switch_t5.inference.predictor import Predictor
+from switch_t5.inference.task_scores import SUMMARY, TaskScorer, scored_tasks
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
@@ -31,7 +34,16 @@ from switch_t5.training.state import TrainState
 from switch_t5.training.step import eval_step, train_step
 from switch_t5.types import Params
 
-ROOTS = ("TransformerConfig", "LossConfig", "MeshConfig", "DataConfig", "TrainConfig", "CheckpointConfig")
+ROOTS = (
+    "TransformerConfig",
+    "LossConfig",
+    "MeshConfig",
+    "DataConfig",
+    "TrainConfig",
+    "CheckpointConfig",
+    "DecodingConfig",
+    "EvaluationConfig",
+)
 """The configurables that a run is made of."""
 
 
@@ -45,6 +57,8 @@ class RunSpec:
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
+    decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     @classmethod
     def read(cls, configuration: Configuration) -> RunSpec:
@@ -60,14 +74,29 @@ class RunSpec:
             data=configuration.get("DataConfig"),
             train=configuration.get("TrainConfig"),
             checkpoint=configuration.get("CheckpointConfig"),
+            decoding=configuration.get("DecodingConfig"),
+            evaluation=configuration.get("EvaluationConfig"),
         )
-        best = spec.checkpoint.keep_best
-        if best is not None and best not in EVALUATION_METRICS:
-            raise ConfigError(
-                "CheckpointConfig.keep_best", f"must be one of {', '.join(EVALUATION_METRICS)}, got {best!r}."
-            )
         spec._check_load_loss()
-        return spec
+        return spec.with_best_of_tasks()
+
+    def with_best_of_tasks(self) -> RunSpec:
+        """With the metrics named by which the best checkpoints are kept, where the configuration says ``tasks``.
+
+        Raises:
+          UserError: the configuration names a metric that is not measured.
+        """
+        tasks = scored_tasks(self.data, self.evaluation) if self.checkpoint.keep_best else ()
+        known = {f"{task}/{SUMMARY}" for task in tasks}
+        best = tuple(sorted(known)) if self.checkpoint.keep_best == "tasks" else self.checkpoint.best_metrics
+        for metric in best:
+            # Which metrics a task has beside its score is known once it is scored.
+            if metric not in EVALUATION_METRICS and metric.rpartition("/")[0] not in tasks:
+                raise ConfigError(
+                    "CheckpointConfig.keep_best",
+                    f"must be one of {', '.join([*EVALUATION_METRICS, 'tasks', *sorted(known)])}, got {metric!r}.",
+                )
+        return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, keep_best=best or None))
 
     def _check_load_loss(self) -> None:
         layers = [moe for decoder in (False, True) for moe in self.transformer.sparse_configs(decoder=decoder)]
@@ -191,6 +220,46 @@ class Run:
     def evaluate(self, params: Params) -> dict[str, float]:
         """Held-out loss and accuracy."""
         return evaluate(self.eval_step, params, self.evaluation_batches, self.place)
+
+    @functools.cached_property
+    def scorer(self) -> TaskScorer | None:
+        """What scores the tasks, their rows read; None where there is none to score.
+
+        Raises:
+          UserError: a task's rows are absent or malformed.
+        """
+        if not scored_tasks(self.spec.data, self.spec.evaluation):
+            return None
+        return TaskScorer(self.spec.data, self.spec.evaluation, lambda: self.predictor)
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """What decodes inputs; compiled at its first use.
+
+        Raises:
+          ConfigError: the devices cannot share its batch.
+        """
+        data, decoding = self.spec.data, self.spec.decoding
+        shards = batch_shards(self.mesh)
+        batch_size = decoding.batch_size or data.batch_size
+        if batch_size % shards:
+            raise ConfigError(
+                "DecodingConfig.batch_size",
+                f"is {batch_size}, which {shards} batch shards do not divide; the nearest that they do is "
+                f"{max(1, round(batch_size / shards)) * shards}.",
+            )
+        eos_id = get_vocabulary(data).eos_id
+        assert eos_id is not None
+        lengths = data.task_feature_lengths
+        return Predictor(
+            self.spec.transformer,
+            decoding,
+            lengths=(lengths["inputs"], lengths["targets"]),
+            batch_size=batch_size,
+            eos_id=eos_id,
+            mesh=self.mesh,
+            place=self.place,
+        )
 
 
 def batch_shapes(data: DataConfig) -> dict[str, tuple[tuple[int, int], str]]:

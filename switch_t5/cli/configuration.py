@@ -45,6 +45,8 @@ CONFIGURABLES: dict[str, str] = {
     "text_task": "switch_t5.data.tasks:text_task",
     "LossConfig": "switch_t5.training.losses:LossConfig",
     "TrainConfig": "switch_t5.training.loop:TrainConfig",
+    "DecodingConfig": "switch_t5.inference.config:DecodingConfig",
+    "EvaluationConfig": "switch_t5.inference.config:EvaluationConfig",
     "CheckpointConfig": "switch_t5.checkpoint.manager:CheckpointConfig",
     "rsqrt_decay": "switch_t5.training.schedules:rsqrt_decay",
     "constant_schedule": "switch_t5.training.schedules:constant_schedule",
@@ -53,6 +55,7 @@ CONFIGURABLES: dict[str, str] = {
     "adafactor": "switch_t5.training.optimizers:adafactor",
     "adamw": "switch_t5.training.optimizers:adamw",
     "sgd": "switch_t5.training.optimizers:sgd",
+    "parameter_groups": "switch_t5.training.parameter_groups:parameter_groups",
     "optax_optimizer": "switch_t5.training.optimizers:optax_optimizer",
 }
 

@@ -1,4 +1,4 @@
-"""The command `switch-t5 data`: list the tasks, train a vocabulary, show examples."""
+"""The command `switch-t5 data`: list the tasks, prepare their rows, train a vocabulary, show examples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from switch_t5.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own commands `list`, `vocabulary` and `show`."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{list,vocabulary,show}")
+    """Adds the command's own commands `list`, `prepare`, `vocabulary` and `show`."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{list,prepare,vocabulary,show}")
     commands.add_parser("list", help="print the names of all tasks and mixtures, one a line")
+
+    prepare = commands.add_parser("prepare", help="turn a local copy of a dataset into what its tasks read")
+    prepare.add_argument("--dataset", required=True, metavar="NAME", help="such as super_glue or glue")
+    prepare.add_argument(
+        "--input",
+        required=True,
+        metavar="FOLDER",
+        help="with Parquet, Arrow or JSON lines files, or the benchmark's own",
+    )
+    prepare.add_argument(
+        "--output", metavar="FOLDER", help="by default SWITCH_T5_DATA_DIR, or ~/.cache/switch_t5/data, where tasks look"
+    )
 
     vocabulary = commands.add_parser("vocabulary", help="train a SentencePiece vocabulary")
     vocabulary.add_argument(
@@ -41,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       UserError: an argument cannot be used.
     """
-    return {"list": _list, "vocabulary": _vocabulary, "show": _show}[args.data_command](args)
+    return {"list": _list, "prepare": _prepare, "vocabulary": _vocabulary, "show": _show}[args.data_command](args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -49,6 +61,16 @@ def _list(args: argparse.Namespace) -> int:
 
     del args
     print("\n".join(task_names()))
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from switch_t5.data.prepare import prepare
+    from switch_t5.data.rows import data_folder
+
+    output = data_folder() if args.output is None else Path(args.output)
+    for split in prepare(args.dataset, Path(args.input), output):
+        print(f"{split.dataset} {split.split}: {split.rows} rows in {split.path}")
     return 0
 
 

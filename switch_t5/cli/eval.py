@@ -1,4 +1,4 @@
-"""``switch-t5 eval``: the held-out loss of a trained model, beside that of word frequencies."""
+"""``switch-t5 eval``: scores of tasks, or the held-out loss of a pre-trained model beside that of word frequencies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import argparse
 import dataclasses
 import math
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from switch_t5.cli.output import add_json_flag, write_json
 from switch_t5.errors import UserError
+
+if TYPE_CHECKING:
+    from switch_t5.cli.build import Run
+    from switch_t5.inference.task_scores import TaskResult
+    from switch_t5.types import Params
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,27 +24,129 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unigram_batches", type=int, default=200, metavar="N", help="training batches to count words in"
     )
+    parser.add_argument(
+        "--predictions", metavar="FOLDER", help="where to write TASK.jsonl: inputs, targets, predictions"
+    )
+    parser.add_argument(
+        "--submission", metavar="FOLDER", help="where to write the benchmark's submission files, of its test rows"
+    )
+    parser.add_argument(
+        "--score_file",
+        metavar="FILE",
+        help="score the field 'prediction' of these JSON lines, one for each example of the task; no model is read",
+    )
     add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints a table, and returns 0."""
     from switch_t5.cli.trained import load_params, open_run
-    from switch_t5.data.pipeline import unigram_counts, unigram_loss
 
-    run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
-    data, train = run.spec.data, run.spec.train
-    if not train.eval_batches:
-        raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
     if args.unigram_batches < 1:
         raise UserError(f"--unigram_batches must be at least 1, got {args.unigram_batches}.")
-    params, step = load_params(run, args.checkpoint or train.model_dir)
-    result = {"step": step, "task": data.mixture_or_task_name, **run.evaluate(params)}
-    held_out = dataclasses.replace(data, split="validation")
-    words = unigram_counts(held_out, train.eval_batches)
-    result["perplexity"] = math.exp(result["loss"])
-    result["unigram_loss"] = unigram_loss(unigram_counts(data, args.unigram_batches), words)
+    run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
+    if args.score_file is not None:
+        return _score_file(run, args)
+    if args.submission is not None:
+        return _submit(run, args)
+    scorer = run.scorer
+    for flag in ("predictions",):
+        if scorer is None and getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is of labelled tasks, and {run.spec.data.mixture_or_task_name} is none.")
+    if scorer is None and not run.spec.train.eval_batches:
+        raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
+    params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
+    result: dict[str, Any] = {"step": step, "task": run.spec.data.mixture_or_task_name}
+    if run.spec.train.eval_batches:
+        result |= _held_out(run, params, args.unigram_batches)
     for name, value in result.items():
         print(f"{name:13} {value:.4f}" if isinstance(value, float) else f"{name:13} {value}", file=sys.stderr)
+    if scorer is not None:
+        results = scorer.results(params)
+        print(table(results), file=sys.stderr)
+        _write_predictions(args.predictions, results)
+        result["tasks"] = {name: task.scores for name, task in results.items()}
     write_json(result, args.json)
+    return 0
+
+
+def table(results: dict[str, TaskResult]) -> str:
+    """A line for each task: its metrics, and what was odd; the mean of the scores last where there are several."""
+    from switch_t5.inference.task_scores import SUMMARY
+
+    width = max(len(name) for name in results)
+    lines = []
+    for name, result in results.items():
+        told = [
+            f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in result.scores.items()
+        ]
+        lines.append(f"{name:{width}}  {'  '.join(told)}")
+    scores = [result.scores[SUMMARY] for result in results.values() if SUMMARY in result.scores]
+    if len(scores) > 1:
+        lines.append(f"{'mean':{width}}  {SUMMARY} {sum(scores) / len(scores):.2f}")
+    return "\n".join(lines)
+
+
+def _held_out(run: Run, params: Params, unigram_batches: int) -> dict[str, Any]:
+    """The held-out loss, and that of word frequencies."""
+    from switch_t5.data.pipeline import unigram_counts, unigram_loss
+
+    data, train = run.spec.data, run.spec.train
+    result: dict[str, Any] = dict(run.evaluate(params))
+    words = unigram_counts(dataclasses.replace(data, split="validation"), train.eval_batches)
+    result["perplexity"] = math.exp(result["loss"])
+    result["unigram_loss"] = unigram_loss(unigram_counts(data, unigram_batches), words)
+    return result
+
+
+def _write_predictions(folder: str | None, results: dict[str, TaskResult]) -> None:
+    from switch_t5.inference.task_scores import write_predictions
+
+    if folder is not None:
+        for name, result in results.items():
+            print(f"wrote {write_predictions(Path(folder), name, result)}", file=sys.stderr)
+
+
+def _score_file(run: Run, args: argparse.Namespace) -> int:
+    """Scores predictions that stand in a file."""
+    from switch_t5.inference.task_scores import TaskResult, read_predictions, score
+
+    tasks = [] if run.scorer is None else run.scorer.tasks
+    if len(tasks) != 1:
+        raise UserError(
+            f"--score_file is of one task, and here are {len(tasks)}: set EvaluationConfig.tasks to the one."
+        )
+    if not Path(args.score_file).is_file():
+        raise UserError(f"--score_file={args.score_file} is not a file.")
+    (task,) = tasks
+    predictions = read_predictions(Path(args.score_file))
+    result = TaskResult(score(task.task, task.examples, predictions), task.examples, predictions)
+    print(table({task.task.name: result}), file=sys.stderr)
+    write_json({"tasks": {task.task.name: result.scores}}, args.json)
+    return 0
+
+
+def _submit(run: Run, args: argparse.Namespace) -> int:
+    """Predicts the test rows and writes them as SuperGLUE's server reads them."""
+    from switch_t5.cli.trained import load_params
+    from switch_t5.data.superglue import TASKS
+    from switch_t5.data.superglue_files import submission_lines, write_submission
+    from switch_t5.inference.task_scores import TaskScorer
+
+    asked = run.spec.evaluation.tasks
+    names = tuple(task.name for task in TASKS if task.dataset.startswith("super_glue/") and "test" in task.splits)
+    names = tuple(name for name in names if asked is None or name in asked)
+    if not names:
+        raise UserError(f"--submission is of SuperGLUE's tasks with test rows, none of which is in {asked}.")
+    evaluation = dataclasses.replace(run.spec.evaluation, tasks=names, split="test")
+    scorer = TaskScorer(run.spec.data, evaluation, lambda: run.predictor)
+    params, _ = load_params(run, args.checkpoint or run.spec.train.model_dir)
+    results = scorer.results(params)
+    for task in scorer.tasks:
+        config = task.task.dataset.partition("/")[2]
+        result = results[task.task.name]
+        lines = submission_lines(config, result.examples, result.predictions)
+        print(f"wrote {write_submission(Path(args.submission), config, lines)}", file=sys.stderr)
+    _write_predictions(args.predictions, results)
     return 0

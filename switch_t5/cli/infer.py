@@ -1,10 +1,9 @@
-"""``switch-t5 infer``: a trained model fills in what is masked."""
+"""``switch-t5 infer``: a trained model answers a file of inputs, or fills in what is masked."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from switch_t5.errors import UserError
 if TYPE_CHECKING:
     from switch_t5.cli.build import Run
     from switch_t5.data.pipeline import DataConfig
-    from switch_t5.types import Params
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,46 +21,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="a text with ___ for what is missing; repeatable"
     )
-    parser.add_argument("--count", type=int, default=3, help="held-out examples to fill in where there is no --text")
+    parser.add_argument("--count", type=int, default=3, help="held-out examples to fill in where nothing is given")
     parser.add_argument("--checkpoint", metavar="PATH", help="one checkpoint; by default MODEL_DIR's latest")
+    parser.add_argument(
+        "--input", metavar="PATH", help="a .jsonl or .txt file, an input a line; - is standard input, of JSON lines"
+    )
+    parser.add_argument("--output", metavar="PATH", help="the .jsonl file to write; one that is there is gone on with")
+    parser.add_argument("--task", metavar="NAME", help="makes the rows of --input into text as this task does")
+    parser.add_argument("--field", default="inputs", help="the field of a JSON line that holds the text")
+    parser.add_argument(
+        "--skip_malformed", action="store_true", help="leave out lines that cannot be read, and count them"
+    )
     add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fills in the texts, or held-out examples, prints them and returns 0."""
+    """Answers a file, or fills in texts or held-out examples; returns 0."""
     from switch_t5.cli.trained import load_params, open_run
-    from switch_t5.data.pipeline import get_vocabulary
-    from switch_t5.data.vocabularies import count_sentinels, decode
-    from switch_t5.inference.fill_in import encode_blanks, filled, spans
 
     if args.count < 1:
         raise UserError(f"--count must be at least 1, got {args.count}.")
-    run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
-    vocabulary = get_vocabulary(run.spec.data)
-    targets: list[np.ndarray | None]
-    if args.text:
-        length = run.spec.data.task_feature_lengths["inputs"]
-        try:
-            inputs = [encode_blanks(text, vocabulary, count_sentinels(vocabulary), length) for text in args.text]
-        except ValueError as error:
-            raise UserError(f"--text {error}.") from None
-        targets = [None] * len(inputs)
-    else:
-        inputs, targets = _held_out(run.spec.data, args.count)
-    params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
+    if args.input is not None:
+        from switch_t5.cli.infer_file import check_arguments, infer_file
 
-    results = []
-    for tokens, target, output in zip(inputs, targets, _decode(run, params, inputs), strict=True):
-        masked = decode(vocabulary, tokens.tolist())
-        written = decode(vocabulary, output.tolist())
-        result = {"step": step, "input": masked, "output": written, "filled": filled(masked, spans(written))}
-        if target is not None:
-            result["target"] = filled(masked, spans(decode(vocabulary, target.tolist())))
-        results.append(result)
+        check_arguments(args)
+        run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
+        return infer_file(run, args)
+    for flag in ("output", "task"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} needs --input: name the file of inputs.")
+    run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
+    inputs, targets = _masked(run, args)
+    params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
+    results = _filled_in(run, params, step, inputs, targets)
     if args.json != "-":
         print("\n\n".join(_told(result) for result in results))
     write_json(results, args.json)
     return 0
+
+
+def _masked(run: Run, args: argparse.Namespace) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """Inputs with sentinels, of the texts given or of held-out examples, and what is masked where it is known."""
+    from switch_t5.data.pipeline import get_vocabulary
+    from switch_t5.data.vocabularies import count_sentinels
+    from switch_t5.inference.fill_in import encode_blanks
+
+    if not args.text:
+        return _held_out(run.spec.data, args.count)
+    vocabulary = get_vocabulary(run.spec.data)
+    length = run.spec.data.task_feature_lengths["inputs"]
+    try:
+        inputs = [encode_blanks(text, vocabulary, count_sentinels(vocabulary), length) for text in args.text]
+    except ValueError as error:
+        raise UserError(f"--text {error}.") from None
+    return inputs, [None] * len(inputs)
+
+
+def _filled_in(
+    run: Run, params: Any, step: int, inputs: list[np.ndarray], targets: list[np.ndarray | None]
+) -> list[dict[str, Any]]:
+    from switch_t5.data.pipeline import get_vocabulary
+    from switch_t5.data.vocabularies import decode
+    from switch_t5.inference.fill_in import filled, spans
+
+    vocabulary = get_vocabulary(run.spec.data)
+    results = []
+    for tokens, target, outputs in zip(inputs, targets, run.predictor(params, inputs), strict=True):
+        masked = decode(vocabulary, tokens.tolist())
+        for output in outputs:
+            written = decode(vocabulary, output.tokens.tolist())
+            result = {"step": step, "input": masked, "output": written, "filled": filled(masked, spans(written))}
+            if target is not None:
+                result["target"] = filled(masked, spans(decode(vocabulary, target.tolist())))
+            results.append(result)
+    return results
 
 
 def _told(result: dict[str, Any]) -> str:
@@ -87,32 +119,3 @@ def _held_out(data: DataConfig, count: int) -> tuple[list[np.ndarray], list[np.n
         if len(inputs) == count:
             break
     return inputs, targets
-
-
-def _decode(run: Run, params: Params, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Greedy outputs, a training batch's worth of inputs at a time."""
-    import jax
-
-    from switch_t5.data.pipeline import get_vocabulary
-    from switch_t5.inference.decoding import greedy_decode
-    from switch_t5.partitioning.rules import partitioned
-
-    data = run.spec.data
-    eos_id = get_vocabulary(data).eos_id
-    assert eos_id is not None
-    decode = jax.jit(
-        functools.partial(
-            greedy_decode,
-            run.model,
-            max_length=data.task_feature_lengths["targets"],
-            eos_id=eos_id,
-        )
-    )
-    outputs: list[np.ndarray] = []
-    for start in range(0, len(inputs), data.batch_size):
-        rows = np.stack(inputs[start : start + data.batch_size])
-        padded = np.pad(rows, ((0, data.batch_size - len(rows)), (0, 0)))
-        with partitioned(run.mesh):
-            tokens = decode(params, run.place({"tokens": padded})["tokens"])
-        outputs += list(np.asarray(tokens)[: len(rows)])
-    return outputs

@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "CheckpointConfig.*",
     "MeshConfig.*",
     "RuntimeConfig.*",
+    "DecodingConfig.*",
+    "EvaluationConfig.*",
 )
 """What a restarted run may set otherwise than before: none of it changes what is learned."""
 
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
                 checkpointer=checkpointer,
                 recorder=record,
                 stop=stop,
+                score=run.scorer and run.scorer.scores,
             )
     _farewell(int(state.step), spec.train.train_steps, model_dir)
     return stop.exit_code
@@ -96,6 +99,7 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[Compiled, BatchIte
             check_vocabulary(run, batches)
             if run.spec.train.eval_batches:
                 _ = run.evaluation_batches
+            _ = run.scorer
             return compiled.result(), batches
     finally:
         # A mistake in the data is told at once, and not after the compilation.

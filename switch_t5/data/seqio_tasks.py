@@ -9,8 +9,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from switch_t5.data import tasks
-from switch_t5.data.sources import EmbeddedCorpusSource, PreparedTfdsSource, TextFilesSource
+from switch_t5.data import tasks, text_to_text
+from switch_t5.data.sources import EmbeddedCorpusSource, ExamplesSource, PreparedTfdsSource, TextFilesSource
 from switch_t5.data.span_corruption import span_corruption
 from switch_t5.data.tensorflow_runtime import seqio, tf
 from switch_t5.data.vocabularies import EXTRA_IDS, load_vocabulary
@@ -99,6 +99,29 @@ def _register_all() -> None:
     for task in tasks.configured_text_tasks():
         source = TextFilesSource(task.pattern, task.validation_pattern, task.field)
         _add(task.name, source, vocabulary_required=False, merge_documents=task.merge_documents)
+    _add_text_to_text()
+
+
+def _add_text_to_text() -> None:
+    """Adds the tasks of labelled rows, and their mixtures."""
+    for task in text_to_text.tasks().values():
+        if task.name in seqio.TaskRegistry.names():
+            continue
+        vocabulary = ConfiguredVocabulary(required=False)
+        seqio.TaskRegistry.add(
+            task.name,
+            source=ExamplesSource(task),
+            preprocessors=[
+                _untransformed(_tokenize),
+                _untransformed(seqio.preprocessors.append_eos_after_trim),
+            ],
+            output_features={key: seqio.Feature(vocabulary) for key in ("inputs", "targets")},
+            metric_fns=[],
+        )
+    for mixture in text_to_text.mixtures().values():
+        if mixture.name not in seqio.MixtureRegistry.names():
+            trained = [(name, weight) for name, weight in mixture.weights.items() if weight]
+            seqio.MixtureRegistry.add(mixture.name, trained)
 
 
 def _add(

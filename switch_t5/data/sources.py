@@ -9,7 +9,9 @@ import os
 from collections.abc import Iterable, Sequence
 
 from switch_t5.data import documents
+from switch_t5.data.rows import read_rows
 from switch_t5.data.tensorflow_runtime import seqio, tf, tfds
+from switch_t5.data.text_to_text import TextToTextTask
 from switch_t5.errors import UserError
 
 _SPLITS = ("train", "validation")
@@ -108,6 +110,58 @@ class EmbeddedCorpusSource(TextFilesSource):
         """Returns the addresses' files, whatever the split."""
         del split
         return documents.embedded_corpus_files()
+
+
+class ExamplesSource(seqio.DataSource):
+    """The examples of a task of labelled rows, made in plain Python and held in memory.
+
+    Elements are `{"inputs": string, "targets": string}`.
+    """
+
+    def __init__(self, task: TextToTextTask) -> None:
+        self.task = task
+        self._read: dict[str, str] = {}
+        super().__init__(splits=tuple(task.splits))
+
+    def description(self, split: str) -> str | None:
+        """As `TextFilesSource.description`."""
+        return self._read.get(split)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """False: every process reads all rows and keeps its share."""
+        return False
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns one name: the rows of a split are one whole."""
+        return [f"{self.task.name}:{split}"]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: object,
+    ) -> tf.data.Dataset:
+        """Returns the examples of a split, with `shuffle` in an order drawn anew each epoch.
+
+        Raises:
+          UserError: there are no rows, or they are malformed.
+        """
+        del unused
+        examples = [example for row in read_rows(self.task, split) for example in self.task.examples(row)]
+        if not examples:
+            raise UserError(f"{self.task.name} has no example in its split {split!r}.")
+        self._read[split] = documents.describe([f"{example.inputs}\0{example.targets}" for example in examples])
+        if shard_info:
+            examples = examples[shard_info.index :: shard_info.num_shards]
+        inputs = tf.constant([example.inputs.encode() for example in examples])
+        targets = tf.constant([example.targets.encode() for example in examples])
+        numbers = tf.data.Dataset.range(len(examples))
+        if shuffle:
+            numbers = numbers.shuffle(len(examples), seed=seed)
+        return numbers.map(lambda number: {"inputs": inputs[number], "targets": targets[number]})
 
 
 class PreparedTfdsSource(seqio.TfdsDataSource):

@@ -11,6 +11,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from switch_t5.data import text_to_text
 from switch_t5.data.vocabularies import EXTRA_IDS
 from switch_t5.errors import UserError, closest
 
@@ -101,6 +102,7 @@ def task_names() -> list[str]:
     Tasks that the user's own modules added to seqio's registries are among them.
     """
     names = {EMBEDDED_TASK, MC4_MIXTURE, *C4_TASKS, *map(mc4_task, MC4_LANGUAGES), *_text_tasks}
+    names |= {*text_to_text.tasks(), *text_to_text.mixtures()}
     if "seqio" in sys.modules:
         registries = sys.modules["seqio"]
         names.update(registries.TaskRegistry.names(), registries.MixtureRegistry.names())
@@ -137,9 +139,11 @@ def get_mixture_or_task(
 
 def describe_text(provider: seqio.Task | seqio.Mixture, split: str) -> list[str]:
     """Describes the text files that a task or mixture has read; what comes from elsewhere is left out."""
-    from switch_t5.data.sources import TextFilesSource
+    from switch_t5.data.sources import ExamplesSource, TextFilesSource
     from switch_t5.data.tensorflow_runtime import seqio
 
     sources = [task.source for task in seqio.get_subtasks(provider)]
-    descriptions = [source.description(split) for source in sources if isinstance(source, TextFilesSource)]
+    descriptions = [
+        source.description(split) for source in sources if isinstance(source, TextFilesSource | ExamplesSource)
+    ]
     return [description for description in descriptions if description]

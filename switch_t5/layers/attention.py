@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,24 @@ HEADS_AXES = ("batch", "heads", "length", "kv")
 
 MASKED = -1e10
 """Added to the logits of positions that must not be seen; exp of it is exactly 0 in float32."""
+
+
+class SelfAttend(Protocol):
+    """How heads attend to one another: :func:`attend_with_dropout`, or what reads a cache in its place."""
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array,
+        positions: Array | None,
+        *,
+        dropout_rate: float,
+        rng: Array | None,
+    ) -> Array:
+        """``[batch, heads, length, kv]`` each to the same."""
+        ...
 
 
 class Attention(nnx.Module):
@@ -47,6 +65,7 @@ class Attention(nnx.Module):
         *,
         dropout_rate: float,
         rng: Array | None,
+        attend_to_self: SelfAttend | None = None,
     ) -> Array:
         """Attends.
 
@@ -57,6 +76,7 @@ class Attention(nnx.Module):
           positions: ``[1, heads, query length, key length]`` float32; None in cross-attention.
           dropout_rate: of the attention probabilities.
           rng: None in evaluation.
+          attend_to_self: in place of :func:`attend_with_dropout`.
 
         Returns:
           ``[batch, query length, embed]``.
@@ -64,7 +84,8 @@ class Attention(nnx.Module):
         query = into_heads(queries, self.query)
         key = into_heads(memory, self.key)
         value = into_heads(memory, self.value)
-        context = attend_with_dropout(query, key, value, mask, positions, dropout_rate=dropout_rate, rng=rng)
+        attending = attend_to_self or attend_with_dropout
+        context = attending(query, key, value, mask, positions, dropout_rate=dropout_rate, rng=rng)
         return out_of_heads(context, self.out)
 
 

@@ -29,6 +29,7 @@ from switch_t5.layers.attention import (
     HEADS_AXES,
     PROJECTIONS,
     Projection,
+    SelfAttend,
     attend_with_dropout,
     into_heads,
     out_of_heads,
@@ -189,6 +190,7 @@ class SwitchAttention(nnx.Module):
         train: bool,
         dropout_rate: float,
         rng: Array | None,
+        attend_to_self: SelfAttend | None = None,
     ) -> tuple[Array, tuple[RouterStats, ...]]:
         """Attends.
 
@@ -202,6 +204,7 @@ class SwitchAttention(nnx.Module):
           train: chooses the capacity.
           dropout_rate: of the attention probabilities.
           rng: None where nothing is random.
+          attend_to_self: in place of :func:`switch_t5.layers.attention.attend_with_dropout`.
 
         Returns:
           ``[batch, length, embed]``, and the statistics of each router, in the order of :data:`SPARSE_PROJECTIONS`.
@@ -223,7 +226,8 @@ class SwitchAttention(nnx.Module):
         for names in self.routed:
             if names != ("out",):
                 heads |= dict(zip(names, self._split_heads(route(names, x), len(names)), strict=True))
-        context = attend_with_dropout(**heads, mask=mask, positions=positions, dropout_rate=dropout_rate, rng=rng)
+        attending = attend_to_self or attend_with_dropout
+        context = attending(**heads, mask=mask, positions=positions, dropout_rate=dropout_rate, rng=rng)
         if isinstance(self.out, nnx.Param):
             return out_of_heads(context, self.out), tuple(stats)
         joined = jnp.swapaxes(context, 1, 2).reshape(*x.shape[:2], self.num_heads * self.head_dim)

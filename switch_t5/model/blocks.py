@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_t5.layers.attention import Attention
+from switch_t5.layers.attention import Attention, SelfAttend
 from switch_t5.layers.dense import FeedForward
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.moe import SwitchFeedForward
@@ -105,7 +105,7 @@ class Block(nnx.Module):
         rate = self.config.dropout_rate
         attention_rng, cross_rng, mlp_rng, *residual_rngs = split_rng(rng, 6)
 
-        y, attention_stats = self._attend_to_self(self.self_attention_norm(x), inputs, attention_rng)
+        y, attention_stats = self.attend_to_self(self.self_attention_norm(x), inputs, attention_rng)
         x = constrain(x + dropout(y, rate, residual_rngs[0]), RESIDUAL_AXES)
 
         if self.decoder:
@@ -114,14 +114,15 @@ class Block(nnx.Module):
             y = self.cross_attention(y, inputs.encoded, inputs.cross_mask, None, dropout_rate=rate, rng=cross_rng)
             x = constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES)
 
-        y, mlp_stats = self._feed_forward(self.mlp_norm(x), inputs, mlp_rng)
+        y, mlp_stats = self.feed_forward(self.mlp_norm(x), inputs, mlp_rng)
         return constrain(x + dropout(y, rate, residual_rngs[2]), RESIDUAL_AXES), (*attention_stats, *mlp_stats)
 
-    def _attend_to_self(
-        self, y: Array, inputs: BlockInputs, rng: Array | None
+    def attend_to_self(
+        self, y: Array, inputs: BlockInputs, rng: Array | None, attending: SelfAttend | None = None
     ) -> tuple[Array, tuple[RouterStats, ...]]:
+        """Self-attention of ``[batch, length, embed]``, and its routers' statistics; ``attending`` reads a cache."""
         rate, positions = self.config.dropout_rate, inputs.positions
-        if positions is None:
+        if positions is None and attending is None:
             positions = self.relative_position(y.shape[1], y.shape[1], jnp.dtype(jnp.float32))
         if isinstance(self.self_attention, SwitchAttention):
             return self.self_attention(
@@ -134,10 +135,13 @@ class Block(nnx.Module):
                 train=inputs.train,
                 dropout_rate=rate,
                 rng=rng,
+                attend_to_self=attending,
             )
-        return self.self_attention(y, y, inputs.self_mask, positions, dropout_rate=rate, rng=rng), ()
+        y = self.self_attention(y, y, inputs.self_mask, positions, dropout_rate=rate, rng=rng, attend_to_self=attending)
+        return y, ()
 
-    def _feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, tuple[RouterStats, ...]]:
+    def feed_forward(self, y: Array, inputs: BlockInputs, rng: Array | None) -> tuple[Array, tuple[RouterStats, ...]]:
+        """The feed-forward of ``[batch, length, embed]``, and its router's statistics where it is sparse."""
         if isinstance(self.mlp, SwitchFeedForward):
             y, stats = self.mlp(
                 y, inputs.mask, tokens=inputs.tokens, sequences=inputs.sequences, train=inputs.train, rng=rng

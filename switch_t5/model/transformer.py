@@ -134,9 +134,13 @@ class SwitchTransformer(nnx.Module):
             train,
         )
         x, stats = self.decoder(self.embedding(input_tokens, self.config.activation_dtype), inputs, rng)
-        # Tied logits are divided by sqrt(embed): here, where the array is small, and in float32.
+        return self.before_logits(x), stats
+
+    def before_logits(self, x: Array) -> Array:
+        """The decoder's normalized ``[..., embed]`` as what :meth:`output_kernel` multiplies, in float32."""
+        # Tied logits are divided by sqrt(embed): here, where the array is small.
         scale = 1 / math.sqrt(self.config.emb_dim) if self.config.tied_logits else 1.0
-        return x.astype(jnp.float32) * scale, stats
+        return x.astype(jnp.float32) * scale
 
     def output_kernel(self) -> Array:
         """``[vocab, embed]`` float32: logits are the decoder's output times its transpose."""

@@ -38,7 +38,7 @@ class TrainConfig:
       microbatches: equal parts of a batch that are computed one after the other, to save memory.
       log_period: steps between entries of ``metrics.jsonl``; the first step is logged too.
       eval_period: steps between evaluations; 0 for none but at the start and at the end.
-      eval_batches: batches of an evaluation at the most; 0 for no evaluation at all.
+      eval_batches: batches that the held-out loss is measured on at the most; 0 measures none.
       checkpoint_period: steps between checkpoints; 0 for none but at the end.
       initial_checkpoint_path: a checkpoint whose parameters a new run starts from: ours, T5X's or Hugging Face's.
       initial_checkpoint_optimizer: takes over the optimizer's state and the step too, so that the training of that
@@ -131,6 +131,14 @@ class Recorder:
         self.tensorboard.expert_loads(step, expert_loads(metrics))
         self.progress.log(step, values["loss"], speed, self.speedometer.seconds_left(step))
 
+    def scores(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Records the scores of tasks."""
+        for task, values in scores.items():
+            self.metrics.write(step, {"task": task, **values})
+            self.tensorboard.scalars(step, dict(values), f"eval/{task}")
+            told = "  ".join(f"{name} {value:.2f}" for name, value in values.items() if isinstance(value, float))
+            self.progress.message(f"step {step}  {task}  {told}")
+
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Records an evaluation."""
         self.metrics.write(step, {"task": self.task, **values})
@@ -171,6 +179,7 @@ def train(
     checkpointer: Saver,
     recorder: Recorder,
     stop: GracefulStop,
+    score: Callable[[Any], Mapping[str, Mapping[str, float]]] | None = None,
 ) -> TrainState:
     """Trains until ``train_steps`` or until a stop is asked for; the last state is saved either way.
 
@@ -184,13 +193,25 @@ def train(
       checkpointer: where states go.
       recorder: where measurements go.
       stop: asks for an early end.
+      score: parameters to each task's scores; None where no task is scored.
 
     Returns:
       The last state.
     """
-    step = int(state.step)
-    if step == 0 and config.eval_batches:
-        recorder.evaluation(0, evaluate(state.params))
+
+    def measure(step: int, params: Any) -> dict[str, float]:
+        """Evaluates, records it, and returns all metrics by name."""
+        values: dict[str, float] = {}
+        if config.eval_batches:
+            values |= evaluate(params)
+            recorder.evaluation(step, values)
+        scores = {} if score is None else score(params)
+        recorder.scores(step, scores)
+        return values | {f"{task}/{name}": value for task, of_task in scores.items() for name, value in of_task.items()}
+
+    step, measuring = int(state.step), bool(config.eval_batches) or score is not None
+    if step == 0 and measuring:
+        measure(0, state.params)
     first, stopping = step + 1, stop.requested
     while step < config.train_steps and not stopping:
         state, metrics = step_fn(state, place(next(batches)))
@@ -205,10 +226,9 @@ def train(
         recorder.progress.advance(step)
 
         evaluated = None
-        if config.eval_batches and (last or _due(step, config.eval_period)):
+        if measuring and (last or _due(step, config.eval_period)):
             with recorder.speedometer.paused():
-                evaluated = evaluate(state.params)
-            recorder.evaluation(step, evaluated)
+                evaluated = measure(step, state.params)
 
         if last or stopping or _due(step, config.checkpoint_period):
             recorder.metrics.sync()

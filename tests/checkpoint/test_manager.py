@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from switch_t5.checkpoint.manager import CheckpointConfig, Checkpointer, locate_checkpoint
+from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
+from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.errors import ConfigError, UserError
 
 AXES = ("data", "expert", "model")

@@ -26,6 +26,13 @@ PRETRAIN = (MODEL_DIR, "VOCABULARY_PATH=cc_all.32000.100extra/sentencepiece.mode
 RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("models/switch_base_e8.gin",), PRETRAIN),
     "quickstart": ((), (MODEL_DIR,)),
+    "finetune": (
+        ("models/switch_base_e8.gin",),
+        (*PRETRAIN, "MIXTURE_OR_TASK_NAME=super_glue_boolq_v102", "INITIAL_CHECKPOINT_PATH=/tmp/pretrained"),
+    ),
+    "finetune_superglue": (("models/switch_base_e8.gin",), (*PRETRAIN, "INITIAL_CHECKPOINT_PATH=/tmp/pretrained")),
+    "eval": ((), ()),
+    "infer": ((), ()),
 }
 """For each file of configs/runs the files that go before it, and what it leaves to the user."""
 USED = (*ROOTS, "RuntimeConfig")

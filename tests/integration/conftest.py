@@ -37,9 +37,14 @@ class Program:
 
     def run(self, name: str, model_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end, and checks its exit code."""
-        done = subprocess.run(
-            self.command(name, model_dir, *flags), capture_output=True, text=True, check=False, timeout=300
-        )
+        return self._run(self.command(name, model_dir, *flags), code)
+
+    def call(self, name: str, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs a command with no configuration but its flags to its end, and checks its exit code."""
+        return self._run([sys.executable, "-m", "switch_t5", name, *flags], code)
+
+    def _run(self, words: list[str], code: int) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == code, done.stderr
         return done
 

@@ -16,7 +16,9 @@ from flax import nnx
 
 from switch_t5.cli.config_files import packaged_configs
 from switch_t5.cli.configuration import Configuration
-from switch_t5.inference.decoding import greedy_decode
+from switch_t5.inference.config import DecodingConfig
+from switch_t5.inference.decoding import decode
+from switch_t5.inference.independence import independent
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
@@ -136,8 +138,10 @@ def test_greedy_decoding_agrees(name: str, golden_name: str) -> None:
     model, params, golden, batch = case(name)
     # Theirs starts with the start token.
     expected = golden[golden_name][:, 1:]
-    decode = jax.jit(functools.partial(greedy_decode, model, max_length=expected.shape[1], eos_id=1))
-    np.testing.assert_array_equal(decode(params, batch["encoder_input_tokens"]), expected)
+    how = {"config": DecodingConfig(), "max_length": expected.shape[1], "eos_id": 1}
+    greedy = jax.jit(functools.partial(decode, Model(independent(model.config)), **how))
+    tokens = batch["encoder_input_tokens"]
+    np.testing.assert_array_equal(greedy(params, tokens, np.arange(len(tokens))).tokens[:, 0], expected)
 
 
 def convention(capacity: int, **fields: Any) -> MoEConfig:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from switch_t5.errors import ConfigError
-from switch_t5.inference.decoding import greedy_decode
+from switch_t5.inference.config import DecodingConfig
+from switch_t5.inference.decoding import decode
+from switch_t5.inference.independence import independent
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
@@ -117,7 +119,10 @@ def test_greedy_decoding_says_what_teacher_forcing_finds_most_probable() -> None
     model = Model(dataclasses.replace(CONFIG, num_encoder_layers=2))
     params = random_params(model, scale=0.7)
     inputs = BATCH["encoder_input_tokens"]
-    said = jax.jit(lambda params: greedy_decode(model, params, inputs, max_length=5, eos_id=31))(params)
+    alone, numbers, how = Model(independent(model.config)), jnp.arange(len(inputs)), DecodingConfig()
+    said = jax.jit(
+        lambda params: decode(alone, params, inputs, numbers, config=how, max_length=5, eos_id=31).tokens[:, 0]
+    )(params)
     shifted = jnp.pad(said, ((0, 0), (1, 0)))[:, :-1]
 
     @jax.jit

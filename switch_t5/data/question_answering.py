@@ -1,0 +1,168 @@
+"""Question answering, open book and closed, and the tasks of choices among the paper's table 5.
+
+SQuAD's text is T5's. For ARC, Winogrande and ANLI no T5 code is published: their text follows SuperGLUE's pattern.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from switch_t5.data.metrics_classification import accuracy
+from switch_t5.data.metrics_question_answering import best_over, exact
+from switch_t5.data.metrics_question_answering import squad as squad_of_answers
+from switch_t5.data.text_to_text import (
+    UNKNOWN,
+    Example,
+    Row,
+    Scores,
+    TextToTextTask,
+    joined,
+    label_numbers,
+    label_text,
+)
+
+_ANLI = ("entailment", "neutral", "contradiction")
+_TRAIN_VALIDATION = {"train": "train", "validation": "validation"}
+
+
+def padded_punctuation(text: str) -> str:
+    """Spaces around all but letters, marks, numbers, ``_`` and spaces, and none twice, as T5 writes SQuAD."""
+
+    def pad(match: re.Match[str]) -> str:
+        return match[0] if unicodedata.category(match[0]).startswith("M") else f" {match[0]} "
+
+    return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", pad, text))
+
+
+def squad_answers(row: Row) -> list[str]:
+    """The right answers, as the text has them."""
+    return [padded_punctuation(answer) for answer in row["answers"]["text"]]
+
+
+def squad(row: Row) -> list[Example]:
+    """A question about a paragraph, to its first answer."""
+    shown = {key: padded_punctuation(row[key]) for key in ("question", "context")}
+    inputs = f"question: {shown['question']} context: {shown['context']}"
+    return [Example(inputs, (squad_answers(row) or [UNKNOWN])[0], row)]
+
+
+def squad_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
+    """``em`` and ``f1``, the best over a question's answers."""
+    return squad_of_answers([squad_answers(example.row) for example in examples], predictions)
+
+
+def closed_book_answers(row: Row) -> list[str]:
+    """All right answers, whatever the dataset calls them."""
+    found: Any = row.get("answer", row.get("answers"))
+    if isinstance(found, dict):
+        return list(dict.fromkeys([found["value"], *found.get("aliases", ())]))
+    return [found] if isinstance(found, str) else list(found or ())
+
+
+def closed_book(prefix: str, row: Row) -> list[Example]:
+    """A question without a paragraph, to its first answer."""
+    return [Example(f"{prefix} question: {row['question']}", (closed_book_answers(row) or [UNKNOWN])[0], row)]
+
+
+def exact_match(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
+    """``em``, of the best of the right answers."""
+    return {"em": best_over(exact, [closed_book_answers(example.row) for example in examples], predictions)}
+
+
+def arc(row: Row) -> list[Example]:
+    """A question with its choices, to the right one's name."""
+    texts, marks = row["choices"]["text"], list(row["choices"]["label"])
+    shown = {f"choice{number}": text for number, text in enumerate(texts, start=1)} | {"question": row["question"]}
+    key = row.get("answerKey")
+    target = f"choice{marks.index(key) + 1}" if key in marks else UNKNOWN
+    return [Example(joined("arc", shown), target, row)]
+
+
+def winogrande(row: Row) -> list[Example]:
+    """A sentence with a blank and what may fill it, to the right one's name."""
+    label = row.get("label")
+    number = int(label) + 1 if label is not None else int(row.get("answer") or 0)
+    target = f"option{number}" if number in (1, 2) else UNKNOWN
+    return [Example(joined("winogrande", row, ("option1", "option2", "sentence")), target, row)]
+
+
+def anli(row: Row) -> list[Example]:
+    """Adversarial NLI; TFDS calls the premise context."""
+    shown = {"hypothesis": row["hypothesis"], "premise": row.get("premise") or row.get("context")}
+    return [Example(joined("anli", shown), label_text(row, _ANLI), row)]
+
+
+def same_label(labels: tuple[str, ...], examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
+    """``accuracy``."""
+    targets = label_numbers([example.targets for example in examples], labels)
+    return {"accuracy": accuracy(targets, label_numbers(predictions, labels))}
+
+
+def _closed_book(name: str, dataset: str, tfds: str, prefix: str, answer: str) -> TextToTextTask:
+    return TextToTextTask(
+        name=name,
+        dataset=dataset,
+        tfds=tfds,
+        examples=partial(closed_book, prefix),
+        metrics=exact_match,
+        fields=("question", answer),
+        splits=_TRAIN_VALIDATION,
+    )
+
+
+def _choices(
+    name: str,
+    dataset: str,
+    tfds: str,
+    examples: Callable[[Row], list[Example]],
+    labels: tuple[str, ...],
+    fields: tuple[str, ...],
+) -> TextToTextTask:
+    return TextToTextTask(name, dataset, tfds, examples, partial(same_label, labels), fields)
+
+
+_ARC_CHOICES = tuple(f"choice{number}" for number in range(1, 6))
+_ARC_FIELDS = ("question", "choices")
+
+TASKS = (
+    TextToTextTask(
+        name="squad_v010_allanswers",
+        dataset="squad",
+        tfds="squad/v1.1:3.0.0",
+        examples=squad,
+        metrics=squad_scores,
+        fields=("question", "context", "answers"),
+        splits=_TRAIN_VALIDATION,
+    ),
+    *(
+        _choices(f"anli_r{n}", f"anli/r{n}", f"anli/r{n}:0.1.0", anli, _ANLI, ("hypothesis", "label"))
+        for n in (1, 2, 3)
+    ),
+    _choices("arc_easy", "ai2_arc/ARC-Easy", "ai2_arc/ARC-Easy:1.0.0", arc, _ARC_CHOICES, _ARC_FIELDS),
+    _choices("arc_challenge", "ai2_arc/ARC-Challenge", "ai2_arc/ARC-Challenge:1.0.0", arc, _ARC_CHOICES, _ARC_FIELDS),
+    _choices(
+        "winogrande",
+        "winogrande",
+        "winogrande:1.1.0",
+        winogrande,
+        ("option1", "option2"),
+        ("sentence", "option1", "option2"),
+    ),
+    _closed_book("natural_questions_open", "natural_questions_open", "natural_questions_open:1.0.0", "nq", "answer"),
+    TextToTextTask(
+        name="web_questions_open",
+        dataset="web_questions",
+        tfds="web_questions:1.0.0",
+        examples=partial(closed_book, "wq"),
+        metrics=exact_match,
+        fields=("question", "answers"),
+        splits={"train": "train", "validation": "test"},
+    ),
+    _closed_book("trivia_qa_open", "trivia_qa", "trivia_qa/unfiltered.nocontext:1.1.0", "trivia_qa", "answer"),
+)
+
+MIXTURES = ()

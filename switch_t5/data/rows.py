@@ -1,0 +1,105 @@
+"""Where a labelled dataset's rows are: prepared files of JSON lines, or TFDS.
+
+``SWITCH_T5_DATA_DIR/<dataset>/<split>.jsonl`` comes first, then what TFDS has prepared. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switch_t5.data.text_to_text import Row, TextToTextTask
+from switch_t5.errors import ConfigError, UserError
+
+FOLDER_VARIABLE = "SWITCH_T5_DATA_DIR"
+
+
+def data_folder() -> Path:
+    """Where prepared datasets are: ``SWITCH_T5_DATA_DIR``, or ``~/.cache/switch_t5/data``."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "switch_t5" / "data")
+
+
+def read_rows(task: TextToTextTask, split: str) -> list[Row]:
+    """The rows of a task's split, each checked.
+
+    Raises:
+      UserError: they are nowhere (says where they were looked for and what prepares them), or a row is malformed.
+    """
+    if split not in task.splits:
+        raise ConfigError("EvaluationConfig.split", f"is {split!r}, but {task.name} has {', '.join(task.splits)}.")
+    path = data_folder() / task.dataset / f"{task.splits[split]}.jsonl"
+    if path.is_file():
+        rows, where = list(_lines(str(path), path.stat().st_mtime_ns)), str(path)
+    else:
+        rows, where = _from_tfds(task, split), task.tfds
+    for number, row in enumerate(rows, start=1):
+        try:
+            task.check(row, labelled=split != "test")
+        except UserError as error:
+            raise UserError(f"{where}:{number} {error}.") from None
+    return rows
+
+
+@functools.lru_cache(maxsize=4)
+def _lines(path: str, modified: int) -> tuple[Row, ...]:
+    """The rows of a file, read once for tasks that share it."""
+    del modified
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(parse_row(line, f"{path}:{number}"))
+    return tuple(rows)
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A line as a JSON object.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 at byte {error.start + 1}.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def _from_tfds(task: TextToTextTask, split: str) -> list[Row]:
+    from switch_t5.data.tensorflow_runtime import tfds
+
+    folders = [str(folder) for folder in tfds.core.utils.file_utils.list_data_dirs()]
+    places = [f"{folder}/{task.tfds.replace(':', '/')}" for folder in folders]
+    prepared = [place for place in places if Path(place, "dataset_info.json").exists()]
+    if not prepared:
+        family = task.dataset.split("/")[0]
+        looked = " or ".join([str(data_folder() / task.dataset), *places])
+        raise UserError(
+            f"The data of {task.name} is not in {looked}: make it of a local copy by "
+            f"`switch-t5 data prepare --dataset={family} --input=FOLDER`, or set {FOLDER_VARIABLE} or TFDS_DATA_DIR."
+        )
+    builder = tfds.builder_from_directory(prepared[0])
+    return [plain(row) for row in tfds.as_numpy(builder.as_dataset(split=task.splits[split], shuffle_files=False))]
+
+
+def plain(value: Any) -> Any:
+    """A row of TFDS, pandas or Arrow in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray):
+        return [plain(entry) for entry in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,190 @@
+"""The decoder a token at a time, beside a cache of keys and values.
+
+Several hypotheses of one input (beams, samples) decode side by side: activations are ``[batch, hypotheses, embed]``.
+They read the same input, so that its keys and values stand in the cache once, and cross-attention takes hypotheses as
+it takes query positions; only self-attention has a past for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from switch_t5.layers.attention import HEADS_AXES, MASKED, attend, into_heads, mask_bias, out_of_heads
+from switch_t5.model.blocks import RESIDUAL_AXES, Block, BlockInputs
+from switch_t5.model.stack import Stack
+from switch_t5.model.transformer import SwitchTransformer
+from switch_t5.partitioning.rules import constrain
+from switch_t5.types import Array, Axes
+
+PAST_AXES: Axes = ("batch", None, "heads", "length", "kv")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["key", "value", "cross_key", "cross_value"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class BlockCache:
+    """What one block remembers; of scanned blocks, with a leading axis over repetitions.
+
+    Attributes:
+      key: ``[batch, hypotheses, heads, max length, kv]``, of the tokens so far; zero past them.
+      value: the same.
+      cross_key: ``[batch, heads, encoder length, kv]``, of the input.
+      cross_value: the same.
+    """
+
+    key: Array
+    value: Array
+    cross_key: Array
+    cross_value: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks", "cross_mask", "positions"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class DecoderCache:
+    """What the decoder remembers of an input and of what it has said.
+
+    Attributes:
+      blocks: a cache for each block of the stack's period.
+      cross_mask: ``[batch, 1, 1, encoder length]`` float32, what cross-attention must not see.
+      positions: ``[1, heads, max length, max length]`` float32, the relative position bias; None where each block has
+        its own.
+    """
+
+    blocks: tuple[BlockCache, ...]
+    cross_mask: Array
+    positions: Array | None
+
+
+def new_cache(
+    module: SwitchTransformer, encoded: Array, encoder_tokens: Array, hypotheses: int, max_length: int
+) -> DecoderCache:
+    """The cache before the first token.
+
+    Args:
+      module: the model.
+      encoded: ``[batch, encoder length, embed]``, the encoder's output.
+      encoder_tokens: ``[batch, encoder length]`` int32; 0 is padding.
+      hypotheses: of each input.
+      max_length: tokens to decode at the most.
+    """
+    config, batch = module.config, encoder_tokens.shape[0]
+
+    def start(block: Block, x: None, cache: None) -> tuple[None, BlockCache]:
+        del cache
+        shape = (batch, hypotheses, config.num_heads, max_length, config.head_dim)
+        past = constrain(jnp.zeros(shape, config.activation_dtype), PAST_AXES)
+        attention = block.cross_attention
+        return x, BlockCache(past, past, into_heads(encoded, attention.key), into_heads(encoded, attention.value))
+
+    stack = module.decoder.stack
+    _, blocks = _through(stack, start, None, (None,) * stack.period)
+    real = encoder_tokens > 0
+    cross_mask = mask_bias(jnp.ones((batch, 1), bool), real)
+    positions = None if config.relpos_per_layer else _positions(module.decoder, max_length)
+    return DecoderCache(blocks, cross_mask, positions)
+
+
+def decode_token(
+    module: SwitchTransformer, tokens: Array, real: Array, position: Array, cache: DecoderCache
+) -> tuple[Array, DecoderCache]:
+    """The decoder's output after one more token, as :meth:`SwitchTransformer.decode` has it at that position.
+
+    Args:
+      module: the model.
+      tokens: ``[batch, hypotheses]`` int32, the decoder's input at this position; 0 at the first.
+      real: ``[batch, hypotheses]`` bool, False for what has ended; its output means nothing.
+      position: int32 scalar, the same for all.
+      cache: of the positions before.
+
+    Returns:
+      ``[batch, hypotheses, embed]`` float32, to be multiplied by ``output_kernel``, and the cache with this position.
+    """
+    # Every hypothesis is a token of its input's group, none of which competes with another: see `independent`.
+    inputs = BlockInputs(tokens, real, cache.cross_mask, None, None, None, 1, False)
+
+    def step(block: Block, x: Array, memory: BlockCache) -> tuple[Array, BlockCache]:
+        positions = _positions(block, memory.key.shape[-2]) if cache.positions is None else cache.positions
+        bias = jax.lax.dynamic_index_in_dim(positions[0], position, axis=1, keepdims=False)
+        bias = jnp.where(jnp.arange(bias.shape[-1]) <= position, bias, MASKED)
+        attending = _SelfAttention(memory, bias, position)
+        y, _ = block.attend_to_self(block.self_attention_norm(x), inputs, None, attending)
+        x = constrain(x + y, RESIDUAL_AXES)
+        attention = block.cross_attention
+        query = into_heads(block.cross_attention_norm(x), attention.query)
+        context = attend(query, memory.cross_key, memory.cross_value, cache.cross_mask, None)
+        x = constrain(x + out_of_heads(constrain(context, HEADS_AXES), attention.out), RESIDUAL_AXES)
+        y, _ = block.feed_forward(block.mlp_norm(x), inputs, None)
+        return constrain(x + y, RESIDUAL_AXES), attending.memory
+
+    x = module.embedding(tokens, module.config.activation_dtype)
+    x, blocks = _through(module.decoder.stack, step, constrain(x, RESIDUAL_AXES), cache.blocks)
+    return module.before_logits(module.decoder.norm(x)), dataclasses.replace(cache, blocks=blocks)
+
+
+def _positions(owner: Any, max_length: int) -> Array:
+    """The relative position bias of a stack or a block."""
+    return owner.relative_position(max_length, max_length, jnp.dtype(jnp.float32))
+
+
+def reorder(cache: DecoderCache, parents: Array) -> DecoderCache:
+    """The cache of hypotheses that go on from others of their input: ``parents`` is ``[batch, hypotheses]`` int32."""
+
+    def pick(past: Array) -> Array:
+        def of_layer(past: Array) -> Array:
+            return constrain(jax.vmap(lambda rows, parents: rows[parents])(past, parents), PAST_AXES)
+
+        return of_layer(past) if past.ndim == len(PAST_AXES) else jax.lax.map(of_layer, past)
+
+    blocks = tuple(dataclasses.replace(block, key=pick(block.key), value=pick(block.value)) for block in cache.blocks)
+    return dataclasses.replace(cache, blocks=blocks)
+
+
+class _SelfAttention:
+    """Writes one position's key and value into a block's past and attends to all of it."""
+
+    def __init__(self, memory: BlockCache, bias: Array, position: Array) -> None:
+        self.memory, self._bias, self._position = memory, bias, position
+
+    def __call__(self, query: Array, key: Array, value: Array, *unused: Any, **also_unused: Any) -> Array:
+        """``[batch, heads, hypotheses, kv]`` each, at one position, to the same."""
+        del unused, also_unused
+        key, value = (self._written(*pair) for pair in ((self.memory.key, key), (self.memory.value, value)))
+        self.memory = dataclasses.replace(self.memory, key=key, value=value)
+        logits = jnp.einsum("bhwk,bwhtk->bwht", query, key).astype(jnp.float32) + self._bias
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        context = jnp.einsum("bwht,bwhtk->bwhk", weights.astype(query.dtype), value) / total
+        return jnp.swapaxes(context.astype(query.dtype), 1, 2)
+
+    def _written(self, past: Array, new: Array) -> Array:
+        new = jnp.swapaxes(new, 1, 2)[:, :, :, None].astype(past.dtype)
+        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new, self._position, axis=3), PAST_AXES)
+
+
+def _through(
+    stack: Stack, body: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any, caches: tuple[Any, ...]
+) -> tuple[Any, tuple[BlockCache, ...]]:
+    """Takes ``x`` through a stack's blocks, each with its cache; returns what comes out and the new caches."""
+
+    def period(blocks: Any, x: Any, caches: tuple[Any, ...]) -> tuple[Any, tuple[BlockCache, ...]]:
+        new = []
+        for index, cache in enumerate(caches):
+            x, cache = body(getattr(blocks, f"layers_{index}"), x, cache)
+            new.append(cache)
+        return x, tuple(new)
+
+    if stack.period == stack.num_layers:
+        return period(stack.blocks, x, caches)
+    graph, params = nnx.split(stack.blocks)
+
+    def repetition(x: Any, scanned: tuple[nnx.State, tuple[Any, ...]]) -> tuple[Any, tuple[BlockCache, ...]]:
+        layer_params, caches = scanned
+        return period(nnx.merge(graph, layer_params), x, caches)
+
+    return jax.lax.scan(repetition, x, (params, caches))

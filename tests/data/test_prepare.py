@@ -1,0 +1,155 @@
+"""Local copies in every layout to rows, and rows back out of the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from switch_t5.data.prepare import prepare
+from switch_t5.data.rows import FOLDER_VARIABLE, read_rows
+from switch_t5.data.text_to_text import get_task
+from switch_t5.errors import ConfigError, UserError
+
+CB = [
+    {"premise": "He left.", "hypothesis": "He went.", "idx": 0, "label": 1},
+    {"premise": "It is.", "hypothesis": "It was.", "idx": 1, "label": 0},
+]
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that tasks read."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "data"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return tmp_path / "data"
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_arrow(path: Path, records: list[dict[str, Any]]) -> None:
+    table = pyarrow.Table.from_pylist(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+
+
+def in_words(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"label": ("entailment", "contradiction", "neutral")[row["label"]]}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["cb/validation-00000-of-00001.parquet", "super_glue/cb/validation/data-00000-of-00001.arrow", "CB/val.jsonl"],
+)
+def test_every_layout_gives_the_same_rows(layout: str, output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy" / layout
+    write = {".parquet": write_parquet, ".arrow": write_arrow, ".jsonl": write_lines}[path.suffix]
+    write(path, [in_words(row) for row in CB] if path.suffix == ".jsonl" else CB)
+    (done,) = prepare("super_glue", tmp_path / "copy", output)
+    assert (done.dataset, done.split, done.rows) == ("super_glue/cb", "validation", 2)
+    assert list(read_rows(get_task("super_glue_cb_v102"), "validation")) == CB
+
+
+def test_the_benchmarks_nested_files_become_flat_rows(output: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "downloads"
+    answers = [{"text": "Ann", "label": 1, "idx": 0}, {"text": "Bob", "label": 0, "idx": 1}]
+    questions = [{"question": "Who?", "answers": answers, "idx": 4}]
+    write_lines(copy / "MultiRC/train.jsonl", [{"idx": 7, "passage": {"text": "Ann ran.", "questions": questions}}])
+    text = "Ann met Bob. Ann ran."
+    spans = [{"start": 0, "end": 2}, {"start": 8, "end": 10}, {"start": 13, "end": 15}]
+    query = {"query": "@placeholder ran.", "answers": [{"text": "Ann", "start": 0, "end": 2}] * 2, "idx": 3}
+    passage = {"text": text, "entities": spans}
+    write_lines(copy / "ReCoRD/val.jsonl", [{"idx": 2, "passage": passage, "qas": [query]}])
+    target = {"span1_index": 0, "span1_text": "Mark", "span2_index": 2, "span2_text": "he"}
+    write_lines(copy / "WSC/train.jsonl", [{"text": "Mark said he ran .", "target": target, "idx": 0, "label": True}])
+    write_lines(copy / "BoolQ/train.jsonl", [{"question": "q", "passage": "p", "idx": 0, "label": False}])
+    write_lines(copy / "AX-b/AX-b.jsonl", [{"sentence1": "A", "sentence2": "B", "idx": 0, "label": "not_entailment"}])
+    prepare("super_glue", copy, output)
+
+    multirc = read_rows(get_task("super_glue_multirc_v102"), "train")
+    assert [(row["answer"], row["label"]) for row in multirc] == [("Ann", 1), ("Bob", 0)]
+    assert multirc[1]["idx"] == {"paragraph": 7, "question": 4, "answer": 1}
+    (record,) = read_rows(get_task("super_glue_record_v102"), "validation")
+    assert record["entities"] == ["Ann", "Bob"]
+    assert record["answers"] == ["Ann"]
+    assert record["idx"] == {"passage": 2, "query": 3}
+    wsc = get_task("super_glue_wsc_v102_simple_train")
+    assert wsc.examples(read_rows(wsc, "train")[0])[0].inputs == "wsc: Mark said *he* ran ."
+    assert read_rows(get_task("super_glue_boolq_v102"), "train")[0]["label"] == 0
+    assert read_rows(get_task("super_glue_axb_v102"), "test")[0]["label"] == 1
+
+
+def test_names_of_other_publishers_are_mended(output: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "boolq/train.parquet", [{"question": "q", "passage": "p", "answer": True}])
+    write_parquet(tmp_path / "rte/train.parquet", [{"sentence1": "A", "sentence2": "B", "label": 1, "idx": 0}])
+    prepare("super_glue", tmp_path, output)
+    assert read_rows(get_task("super_glue_boolq_v102"), "train")[0]["label"] == 1
+    assert read_rows(get_task("super_glue_rte_v102"), "train")[0]["premise"] == "A"
+
+
+def test_the_two_validation_splits_of_mnli_are_kept_apart(output: Path, tmp_path: Path) -> None:
+    row = {"premise": "A", "hypothesis": "B", "label": 0, "idx": 0}
+    for split in ("validation_matched", "validation_mismatched"):
+        write_parquet(tmp_path / f"mnli/{split}-00000-of-00001.parquet", [row | {"premise": split}])
+    prepare("glue", tmp_path, output)
+    rows = read_rows(get_task("glue_mnli_mismatched_v002"), "validation")
+    assert [row["premise"] for row in rows] == ["validation_mismatched"]
+
+
+def test_absent_data_is_told_of_in_one_sentence(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read_rows(get_task("super_glue_copa_v102"), "train")
+    assert str(error.value) == (
+        f"The data of super_glue_copa_v102 is not in {output}/super_glue/copa or "
+        f"{tmp_path}/tfds/super_glue/copa/1.0.2: make it of a local copy by `switch-t5 data prepare "
+        "--dataset=super_glue --input=FOLDER`, or set SWITCH_T5_DATA_DIR or TFDS_DATA_DIR."
+    )
+
+
+def test_a_split_that_a_task_lacks_is_refused(output: Path) -> None:
+    with pytest.raises(ConfigError, match="is 'train', but super_glue_axb_v102 has test"):
+        read_rows(get_task("super_glue_axb_v102"), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"premise": "A"\n', r"train.jsonl:1 is not JSON: Expecting ',' delimiter at column 1"),
+        (b'{"premise": "A", "hypothesis": "B", "label": "maybe"}\n', "train.jsonl:1 has the label 'maybe'"),
+        (b'\n{"premise": "A", "label": 0}\n', r"train.jsonl:\d lacks the field 'hypothesis' of super_glue/cb"),
+        (b'{"premise": "\xff"}\n', "train.jsonl:1 is not UTF-8 at byte 14"),
+        (b"[]\n", "train.jsonl:1 must be a JSON object, got list"),
+    ],
+)
+def test_a_malformed_line_is_named_and_nothing_written(
+    content: bytes, message: str, output: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "CB").mkdir()
+    (tmp_path / "CB" / "train.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare("super_glue", tmp_path, output)
+    assert not output.exists()
+
+
+def test_what_cannot_be_prepared_is_refused(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no dataset called 'superglue'\. Did you mean 'super_glue'\?"):
+        prepare("superglue", tmp_path, output)
+    with pytest.raises(UserError, match=r"has no \.parquet, \.arrow, \.jsonl, \.json file of a split of glue/cola"):
+        prepare("glue", tmp_path, output)
+    (tmp_path / "cola").mkdir()
+    (tmp_path / "cola" / "train.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read"):
+        prepare("glue", tmp_path, output)

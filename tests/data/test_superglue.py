@@ -1,0 +1,217 @@
+"""SuperGLUE's texts and scores on rows made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from switch_t5.data.superglue import refers_to
+from switch_t5.data.text_to_text import Example, get_task, mixtures, tasks
+from switch_t5.errors import UserError
+
+TEXTS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "super_glue_boolq_v102": (
+        {"question": "is it wet", "passage": "Rain fell.", "idx": 3, "label": 1},
+        [("boolq passage: Rain fell. question: is it wet", "True")],
+    ),
+    "super_glue_cb_v102": (
+        {"premise": "He left.", "hypothesis": "He went.", "idx": 0, "label": 2},
+        [("cb hypothesis: He went. premise: He left.", "neutral")],
+    ),
+    "super_glue_copa_v102": (
+        {
+            "premise": "It broke.",
+            "choice1": "It fell.",
+            "choice2": "It sang.",
+            "question": "cause",
+            "idx": 1,
+            "label": 0,
+        },
+        [("copa choice1: It fell. choice2: It sang. premise: It broke. question: cause", "choice1")],
+    ),
+    "super_glue_multirc_v102": (
+        {
+            "paragraph": "<b>Sent 1: </b>A cat.<br><b>Sent 2: </b>A dog.",
+            "question": "Who?",
+            "answer": "A <b>cat</b>",
+            "idx": {"paragraph": 0, "question": 1, "answer": 2},
+            "label": 1,
+        },
+        [("multirc question: Who? answer: A cat paragraph: Sent 1: A cat. Sent 2: A dog.", "True")],
+    ),
+    "super_glue_record_v102": (
+        {
+            "passage": "Ann met Bob.\n@highlight\nBob ran\n@highlight\nAnn hid",
+            "query": "@placeholder ran",
+            "entities": ["Ann", "Bob"],
+            "answers": ["Bob", "Robert"],
+        },
+        [
+            ("record query: @placeholder ran entities: Ann, Bob passage: Ann met Bob. Bob ran. Ann hid", answer)
+            for answer in ("Bob", "Robert")
+        ],
+    ),
+    "super_glue_rte_v102": (
+        {"premise": "A.", "hypothesis": "B.", "idx": 0, "label": -1},
+        [("rte hypothesis: B. premise: A.", "<unk>")],
+    ),
+    "super_glue_wic_v102": (
+        {
+            "sentence1": "A bank.",
+            "sentence2": "The bank.",
+            "word": "bank",
+            "start1": 2,
+            "end1": 6,
+            "start2": 4,
+            "end2": 8,
+            "label": 0,
+        },
+        [("wic sentence1: A bank. sentence2: The bank. word: bank", "False")],
+    ),
+    "super_glue_axb_v102": (
+        {"sentence1": "A.", "sentence2": "B.", "label": 1},
+        [("rte hypothesis: B. premise: A.", "not_entailment")],
+    ),
+    "super_glue_axg_v102": (
+        {"premise": "A.", "hypothesis": "B.", "label": 0},
+        [("rte hypothesis: B. premise: A.", "entailment")],
+    ),
+    "dpr_v001_simple": (
+        {
+            "sentence": "The bee stung the shepherd because he was there.",
+            "pronoun": "he",
+            "candidates": ["a", "b"],
+            "label": 1,
+        },
+        [("wsc: The bee stung the shepherd because *he* was there.", "b")],
+    ),
+}
+WSC = {
+    "text": "Mark told Pete many lies about himself , which he believed.",
+    "span1_text": "Pete",
+    "span2_text": "he",
+    "span1_index": 2,
+    "span2_index": 9,
+    "label": 1,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_row_becomes_this_text(name: str) -> None:
+    row, expected = TEXTS[name]
+    task = get_task(name)
+    task.check(row)
+    assert [(example.inputs, example.targets) for example in task.examples(row)] == expected
+    assert task.inputs(row) == expected[0][0]
+
+
+def test_wsc_stars_its_pronoun_and_trains_on_true_candidates() -> None:
+    text = "wsc: Mark told Pete many lies about himself , which *he* believed."
+    for row, trained in ((WSC, [(text, "Pete")]), (WSC | {"label": 0}, [])):
+        examples = get_task("super_glue_wsc_v102_simple_train").examples(row)
+        assert [(example.inputs, example.targets) for example in examples] == trained
+        (example,) = get_task("super_glue_wsc_v102_simple_eval").examples(row)
+        assert (example.inputs, example.targets) == (text, "Pete")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "prediction", "same"),
+    [
+        ("Bob Smith", "Smith", True),
+        ("the old man", "man", True),
+        ("The man", "that man", True),
+        ("Bob's dog", "dog", False),
+        ("Bob", "Ann", False),
+        ("Bob", "", False),
+        ("Bob", "the", False),
+        ("cat", "big cat", True),
+    ],
+)
+def test_what_a_prediction_refers_to(candidate: str, prediction: str, same: bool) -> None:
+    assert refers_to(candidate, prediction) is same
+
+
+def scores(name: str, rows: list[dict[str, Any]], predictions: list[str]) -> dict[str, float]:
+    task = get_task(name)
+    found = task.metrics(task.to_evaluate(rows), predictions)
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def test_accuracy_counts_what_is_no_label_as_wrong() -> None:
+    rows = [{"passage": "p", "question": "q", "label": label} for label in (1, 0, 1, 0)]
+    assert scores("super_glue_boolq_v102", rows, ["True", " False ", "yes", ""]) == {"accuracy": 50.0}
+
+
+def test_commitment_bank_has_the_mean_of_three_f1() -> None:
+    rows = [{"premise": "p", "hypothesis": "h", "label": label} for label in (0, 0, 1, 2)]
+    said = ["entailment", "contradiction", "contradiction", "?"]
+    # entailment: precision 1, recall 1/2; contradiction: 1/2 and 1; neutral: never said.
+    assert scores("super_glue_cb_v102", rows, said) == {
+        "mean_3class_f1": round(100 * (2 / 3 + 2 / 3 + 0) / 3, 4),
+        "accuracy": 50.0,
+    }
+
+
+def test_multirc_has_f1_over_answers_and_exact_match_of_questions() -> None:
+    rows = [
+        {
+            "paragraph": "p",
+            "question": f"q{question}",
+            "answer": "a",
+            "idx": {"paragraph": 0, "question": question, "answer": answer},
+            "label": label,
+        }
+        for question, answer, label in ((0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0))
+    ]
+    # Right, right; right, said True; no label, which is wrong and so a True.
+    said = ["True", "False", "True", "True", "maybe"]
+    assert scores("super_glue_multirc_v102", rows, said) == {
+        "f1": round(100 * 2 * 2 / (2 + 4), 4),
+        "exact_match": round(100 / 3, 4),
+    }
+
+
+def test_record_takes_the_best_answer_once_for_each_query() -> None:
+    rows = [
+        {"passage": "p", "query": "q1", "entities": ["x"], "answers": ["the Bob Smith", "Robert"]},
+        {"passage": "p", "query": "q2", "entities": ["x"], "answers": ["Ann Lee"]},
+    ]
+    # "Bob Smith." is the first once normalized; "Ann" has precision 1 and recall 1/2.
+    assert scores("super_glue_record_v102", rows, ["bob smith.", "Ann"]) == {
+        "em": 50.0,
+        "f1": round(100 * (1 + 2 / 3) / 2, 4),
+    }
+
+
+def test_wsc_compares_the_referent_with_the_label() -> None:
+    rows = [WSC, WSC | {"label": 0}, WSC | {"label": 0}, WSC]
+    assert scores("super_glue_wsc_v102_simple_eval", rows, ["Pete", "Pete", "Mark", "Mark"]) == {"accuracy": 50.0}
+
+
+def test_the_mixture_has_t5s_weights() -> None:
+    weights = mixtures()["super_glue_v102_proportional"].weights
+    assert sum(weights.values()) == 1322 + 259 + 9427 + 250 + 400 + 27243 + 138854 + 2490 + 5428
+    assert set(weights) <= set(tasks())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"passage": "p", "label": 1}, "lacks the field 'question' of super_glue/boolq; it has 'passage', 'label'."),
+        ({"passage": "p", "qestion": "q", "label": 1}, "Did you mean 'qestion'?"),
+        (
+            {"passage": "p", "question": "q", "label": 2},
+            r"has the label 2; those of super_glue/boolq are \[0, 1\] or -1",
+        ),
+        ({"passage": "p", "question": "q", "label": "maybe"}, "has the label 'maybe'; those of super_glue/boolq are"),
+    ],
+)
+def test_a_malformed_row_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_task("super_glue_boolq_v102").check(row)
+
+
+def test_an_example_keeps_its_row() -> None:
+    row = TEXTS["super_glue_rte_v102"][0]
+    assert get_task("super_glue_rte_v102").examples(row) == [Example("rte hypothesis: B. premise: A.", "<unk>", row)]

@@ -1,0 +1,123 @@
+"""GLUE and the other tasks of the paper's table 5, on rows made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from switch_t5.data.metrics_question_answering import normalized, word_f1
+from switch_t5.data.question_answering import padded_punctuation
+from switch_t5.data.text_to_text import get_task, tasks
+from switch_t5.errors import UserError
+
+PAIR = {"sentence1": "A.", "sentence2": "B.", "idx": 0}
+TEXTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "glue_cola_v002": ({"sentence": "A.", "label": 1}, "cola sentence: A.", "acceptable"),
+    "glue_sst2_v002": ({"sentence": "A.", "label": 0}, "sst2 sentence: A.", "negative"),
+    "glue_mrpc_v002": (PAIR | {"label": 1}, "mrpc sentence1: A. sentence2: B.", "equivalent"),
+    "glue_qqp_v002": ({"question1": "A", "question2": "B", "label": 1}, "qqp question1: A question2: B", "duplicate"),
+    "glue_stsb_v002": (PAIR | {"label": 2.57}, "stsb sentence1: A. sentence2: B.", "2.6"),
+    "glue_mnli_v002": (
+        {"premise": "A", "hypothesis": "B", "label": 1},
+        "mnli hypothesis: B premise: A",
+        "neutral",
+    ),
+    "glue_qnli_v002": ({"question": "A", "sentence": "B", "label": 0}, "qnli question: A sentence: B", "entailment"),
+    "glue_rte_v002": (PAIR | {"label": 1}, "rte sentence1: A. sentence2: B.", "not_entailment"),
+    "squad_v010_allanswers": (
+        {"question": "Who?", "context": "It's Ann.", "answers": {"text": ["Ann.", "Ann"], "answer_start": [5, 5]}},
+        "question: Who ?  context: It ' s Ann . ",
+        "Ann . ",
+    ),
+    "anli_r3": ({"premise": "A", "hypothesis": "B", "label": 2}, "anli hypothesis: B premise: A", "contradiction"),
+    "arc_easy": (
+        {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        "arc choice1: x choice2: y question: Q",
+        "choice2",
+    ),
+    "winogrande": (
+        {"sentence": "_ ran", "option1": "Ann", "option2": "Bob", "answer": "2"},
+        "winogrande option1: Ann option2: Bob sentence: _ ran",
+        "option2",
+    ),
+    "natural_questions_open": ({"question": "who", "answer": ["Ann", "A"]}, "nq question: who", "Ann"),
+    "web_questions_open": ({"question": "who", "answers": ["Ann"]}, "wq question: who", "Ann"),
+    "trivia_qa_open": (
+        {"question": "who", "answer": {"value": "Ann", "aliases": ["Ann", "Annie"]}},
+        "trivia_qa question: who",
+        "Ann",
+    ),
+    "cnn_dailymail_v002": ({"article": "Long.", "highlights": "Short one."}, "summarize: Long.", "Short one."),
+    "xsum_v110": ({"document": "Long.", "summary": "Short one."}, "summarize: Long.", "Short one."),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_row_becomes_this_text(name: str) -> None:
+    row, inputs, targets = TEXTS[name]
+    task = get_task(name)
+    task.check(row)
+    (example,) = task.examples(row)
+    assert (example.inputs, example.targets) == (inputs, targets)
+
+
+def test_every_task_has_metrics_that_a_perfect_prediction_satisfies() -> None:
+    for name, (row, _, _) in TEXTS.items():
+        task = get_task(name)
+        if name in ("glue_cola_v002", "glue_stsb_v002"):  # Correlations need more than one value.
+            continue
+        examples = task.examples(row)
+        found = task.metrics(examples, [example.targets for example in examples])
+        positive_only = {"f1"} if row.get("label") == 0 else set()
+        assert {round(value) for key, value in found.items() if key not in positive_only} == {100}, name
+
+
+def scores(name: str, rows: list[dict[str, Any]], predictions: list[str]) -> dict[str, float]:
+    task = get_task(name)
+    return {key: round(value, 3) for key, value in task.metrics(task.to_evaluate(rows), predictions).items()}
+
+
+def test_cola_has_matthews_correlation() -> None:
+    rows = [{"sentence": "s", "label": label} for label in (1, 1, 0, 0)]
+    # Two true positives, one true negative, one false positive: (2 - 0) / sqrt(3 * 2 * 2 * 1).
+    said = ["acceptable", "acceptable", "unacceptable", "nonsense"]
+    assert scores("glue_cola_v002", rows, said) == {"matthews_corrcoef": round(100 * 2 / 12**0.5, 3)}
+
+
+def test_similarities_correlate_by_value_and_by_rank() -> None:
+    rows = [PAIR | {"label": label} for label in (0.0, 1.0, 2.0, 5.0)]
+    assert scores("glue_stsb_v002", rows, ["1.0", "2.0", "3.0", "5.0"]) == {
+        "pearson_corrcoef": pytest.approx(99.125, abs=0.5),
+        "spearman_corrcoef": 100.0,
+    }
+    assert scores("glue_stsb_v002", rows, ["high"] * 4) == {"pearson_corrcoef": 0, "spearman_corrcoef": 0}
+
+
+def test_squads_answers_are_normalized() -> None:
+    assert normalized("The  Cat's, a hat!") == "cats hat"
+    assert word_f1("the old cat", "old dog") == 0.5
+    assert padded_punctuation("a_b, c-d") == "a_b , c - d"
+    row = TEXTS["squad_v010_allanswers"][0]
+    assert scores("squad_v010_allanswers", [row], ["the ann"]) == {"em": 100, "f1": 100}
+
+
+def test_closed_book_questions_take_any_alias() -> None:
+    row = TEXTS["trivia_qa_open"][0]
+    assert scores("trivia_qa_open", [row, row], ["annie", "Bob"]) == {"em": 50}
+
+
+def test_rouge_of_a_known_pair() -> None:
+    row = {"article": "x", "highlights": "the cat sat"}
+    # Of three words two are shared; of two pairs one.
+    assert scores("cnn_dailymail_v002", [row], ["the cat ran"]) == {
+        "rouge1": round(200 / 3, 3),
+        "rouge2": 50.0,
+        "rougeLsum": round(200 / 3, 3),
+    }
+
+
+def test_a_name_that_is_no_task_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean 'super_glue_boolq_v102'"):
+        get_task("super_glue_boolq")
+    assert len(tasks()) == 12 + 10 + 10 + 2
