@@ -55,13 +55,16 @@ def finish(parts: dict[str, Parts]) -> dict[str, np.ndarray]:
     Returns:
       Of each array two uint32.
     """
-    sums = {name: np.sum([np.zeros(2, np.uint32), *map(np.asarray, own)], 0, np.uint32) for name, own in parts.items()}
+    sums: dict[str, np.ndarray] = {
+        name: np.asarray(np.sum([np.zeros(2, np.uint32), *map(np.asarray, own)], 0, np.uint32))
+        for name, own in parts.items()
+    }
     if jax.process_count() == 1 or not sums:
         return sums
     from jax.experimental import multihost_utils
 
     gathered = multihost_utils.process_allgather(np.stack(list(sums.values())))
-    return dict(zip(sums, np.sum(gathered, 0, np.uint32), strict=True))
+    return dict(zip(sums, np.asarray(np.sum(gathered, 0, np.uint32)), strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=2)

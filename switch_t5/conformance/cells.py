@@ -162,7 +162,9 @@ def expected_values(
     inputs = example_inputs(dtype, layer)
     spec: Router = ROUTERS[router]
     shape = (BATCH, LENGTH, EXPERTS)
-    noise = np.asarray(jax.random.normal(layer_keys(KEY).choice, shape, jnp.float32), np.float64)
+    key = layer_keys(KEY).choice
+    assert key is not None
+    noise = np.asarray(jax.random.normal(key, shape, jnp.float32), np.float64)
     example = Example(inputs["mask"], inputs["tokens"], capacity, BIAS, noise)
 
     def evaluated(arrays: dict[str, np.ndarray]) -> Evaluation:

@@ -82,7 +82,7 @@ _PAIR = ("sentence1", "sentence2")
 _INFERENCE = ("entailment", "neutral", "contradiction")
 _TWO = ("entailment", "not_entailment")
 _DUPLICATE = ("not_duplicate", "duplicate")
-_MNLI = {"config": "mnli", "prefix": "mnli"}
+_mnli = partial(_task, config="mnli", prefix="mnli")
 _MNLI_KEYS = ("hypothesis", "premise")
 
 TASKS = (
@@ -98,20 +98,18 @@ TASKS = (
         metrics=similarity_scores,
         fields=(*_PAIR, "label"),
     ),
-    _task("mnli", _INFERENCE, _MNLI_KEYS, splits={"train": "train"}, **_MNLI),
-    _task(
+    _mnli("mnli", _INFERENCE, _MNLI_KEYS, splits={"train": "train"}),
+    _mnli(
         "mnli_matched",
         _INFERENCE,
         _MNLI_KEYS,
         splits={"validation": "validation_matched", "test": "test_matched"},
-        **_MNLI,
     ),
-    _task(
+    _mnli(
         "mnli_mismatched",
         _INFERENCE,
         _MNLI_KEYS,
         splits={"validation": "validation_mismatched", "test": "test_mismatched"},
-        **_MNLI,
     ),
     _task("qnli", _TWO, ("question", "sentence")),
     _task("rte", _TWO, _PAIR),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import warnings
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def mean_f1(targets: Numbers, predictions: Numbers, num_labels: int) -> float:
     from sklearn.metrics import f1_score
 
     labels = list(range(num_labels))
-    return 100 * float(f1_score(targets, predictions, labels=labels, average="macro", zero_division=0))
+    return 100 * float(f1_score(targets, predictions, labels=labels, average="macro", zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def f1(targets: Numbers, predictions: Numbers) -> float:
@@ -35,7 +36,7 @@ def f1(targets: Numbers, predictions: Numbers) -> float:
     said = [
         1 - target if prediction < 0 else prediction for target, prediction in zip(targets, predictions, strict=True)
     ]
-    return 100 * float(f1_score(targets, said, labels=[1], average="macro", zero_division=0))
+    return 100 * float(f1_score(targets, said, labels=[1], average="macro", zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def exact_match_by_group(targets: Numbers, predictions: Numbers, groups: Sequence[Hashable]) -> float:
@@ -62,6 +63,6 @@ def correlations(targets: Sequence[float], predictions: Sequence[float]) -> dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pearson = float(stats.pearsonr(targets, predictions)[0])
-        spearman = float(stats.spearmanr(targets, predictions)[0])
+        found: list[Any] = [stats.pearsonr(targets, predictions), stats.spearmanr(targets, predictions)]
+    pearson, spearman = (float(result.statistic) for result in found)
     return {"pearson_corrcoef": 100 * np.nan_to_num(pearson), "spearman_corrcoef": 100 * np.nan_to_num(spearman)}

@@ -78,7 +78,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 def _from_tfds(task: TextToTextTask, split: str) -> list[Row]:
     from switch_t5.data.tensorflow_runtime import tfds
 
-    folders = [str(folder) for folder in tfds.core.utils.file_utils.list_data_dirs()]
+    folders = map(str, tfds.core.utils.file_utils.list_data_dirs())  # pyright: ignore[reportAttributeAccessIssue]
     places = [f"{folder}/{task.tfds.replace(':', '/')}" for folder in folders]
     prepared = [place for place in places if Path(place, "dataset_info.json").exists()]
     if not prepared:
@@ -89,7 +89,8 @@ def _from_tfds(task: TextToTextTask, split: str) -> list[Row]:
             f"`switch-t5 data prepare --dataset={family} --input=FOLDER`, or set {FOLDER_VARIABLE} or TFDS_DATA_DIR."
         )
     builder = tfds.builder_from_directory(prepared[0])
-    return [plain(row) for row in tfds.as_numpy(builder.as_dataset(split=task.splits[split], shuffle_files=False))]
+    rows: Any = builder.as_dataset(split=task.splits[split], shuffle_files=False)  # pyright: ignore[reportCallIssue]
+    return [plain(row) for row in tfds.as_numpy(rows)]
 
 
 def plain(value: Any) -> Any:

@@ -236,7 +236,9 @@ def _beam_search(
             lambda new, old: jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), old, new), new, old
         )
         done = state.done | (final_scores[:, -1] >= best_possible)
-        return _Beams(state.position + 1, *kept, done, reorder(cache, parents))
+        tokens, log_probs, final, final_log_probs, final_scores = kept
+        position, cache = state.position + 1, reorder(cache, parents)
+        return _Beams(position, tokens, log_probs, final, final_log_probs, final_scores, done, cache)
 
     nothing = jnp.full((batch, beams), _IMPOSSIBLE)
     blank = jnp.zeros((batch, beams, max_length), jnp.int32)

@@ -83,10 +83,10 @@ def _names(parameter_axes: AxesTree) -> Any:
 def _by_factor(inner: optax.GradientTransformation, factors: Any) -> optax.GradientTransformation:
     """``inner`` with each update multiplied: every optimizer's update is in proportion to its learning rate."""
 
-    def update(grads: Any, state: tuple[Any, Array], params: Any = None) -> tuple[Any, tuple[Any, Array]]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         inner_state, step = state
         # A frozen parameter's gradient counts in no norm either.
-        grads = _map(lambda factor, grad: jnp.zeros_like(grad) if factor == 0 else grad, factors, grads)
+        grads = _map(lambda factor, grad: jnp.zeros_like(grad) if factor == 0 else grad, factors, updates)
         updates, inner_state = inner.update(grads, inner_state, params)
         updates = _map(lambda factor, update: _times(factor, step, update), factors, updates)
         return updates, (inner_state, step + 1)
