@@ -44,9 +44,7 @@ COMMANDS = {
     "train": Command("switch_t5.cli.train", "pre-train or fine-tune a model; continues a stopped run"),
     "eval": Command("switch_t5.cli.eval", "evaluate a trained model"),
     "infer": Command("switch_t5.cli.infer", "let a trained model write"),
-    "convert": Command(
-        "switch_t5.cli.convert", "write a checkpoint in another format: ours, T5X's or Hugging Face's", takes_gin=False
-    ),
+    "convert": Command("switch_t5.cli.convert", "write a checkpoint in another format", takes_gin=False),
     "inspect": Command("switch_t5.cli.inspect", "look into a checkpoint of any format", takes_gin=False),
     "conformance": Command(
         "switch_t5.cli.conformance", "check routing on these devices against the oracle", takes_gin=False

@@ -109,13 +109,17 @@ def test_the_two_validation_splits_of_mnli_are_kept_apart(output: Path, tmp_path
     assert [row["premise"] for row in rows] == ["validation_mismatched"]
 
 
-def test_absent_data_is_told_of_in_one_sentence(output: Path, tmp_path: Path) -> None:
+def test_absent_data_is_told_of_in_one_sentence(output: Path) -> None:
+    from switch_t5.data.tensorflow_runtime import tfds
+
     with pytest.raises(UserError) as error:
         read_rows(get_task("super_glue_copa_v102"), "train")
+    # TFDS reads TFDS_DATA_DIR once, when it is imported.
+    folders: Any = tfds.core.utils.file_utils.list_data_dirs()  # pyright: ignore[reportAttributeAccessIssue]
+    searched = " or ".join(f"{folder}/super_glue/copa/1.0.2" for folder in folders)
     assert str(error.value) == (
-        f"The data of super_glue_copa_v102 is not in {output}/super_glue/copa or "
-        f"{tmp_path}/tfds/super_glue/copa/1.0.2: make it of a local copy by `switch-t5 data prepare "
-        "--dataset=super_glue --input=FOLDER`, or set SWITCH_T5_DATA_DIR or TFDS_DATA_DIR."
+        f"The data of super_glue_copa_v102 is not in {output}/super_glue/copa or {searched}: make it of a local "
+        "copy by `switch-t5 data prepare --dataset=super_glue --input=FOLDER`, or set SWITCH_T5_DATA_DIR or TFDS_DATA_DIR."
     )
 
 

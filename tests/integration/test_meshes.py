@@ -47,6 +47,7 @@ def _batch(run: Run, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.multidevice
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_and_only_all_to_alls_on_every_other(
     tmp_path: Path,
 ) -> None:

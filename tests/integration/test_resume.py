@@ -55,6 +55,7 @@ def test_each_step_is_logged_once_and_evaluations_carry_their_task(uninterrupted
     assert {entry["task"] for entry in entries if "task" in entry} == {"tiny_texts"}
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one_bitwise(
     program: Program, uninterrupted: Path, tmp_path: Path
 ) -> None:
