@@ -119,7 +119,8 @@ def test_absent_data_is_told_of_in_one_sentence(output: Path) -> None:
     searched = " or ".join(f"{folder}/super_glue/copa/1.0.2" for folder in folders)
     assert str(error.value) == (
         f"The data of super_glue_copa_v102 is not in {output}/super_glue/copa or {searched}: make it of a local "
-        "copy by `switch-t5 data prepare --dataset=super_glue --input=FOLDER`, or set SWITCH_T5_DATA_DIR or TFDS_DATA_DIR."
+        "copy by `switch-t5 data prepare --dataset=super_glue --input=FOLDER`, or set SWITCH_T5_DATA_DIR or "
+        "TFDS_DATA_DIR."
     )
 
 
