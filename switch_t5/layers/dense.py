@@ -14,6 +14,7 @@ from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
+from switch_t5.layers.row_blocks import Load
 from switch_t5.partitioning.rules import constrain, target_platform
 from switch_t5.types import Array, Axes
 
@@ -71,7 +72,7 @@ class FeedForward(nnx.Module):
         rng: Array | None,
         numbers: Array | None = None,
         sizes: Array | None = None,
-        most: int | None = None,
+        load: Load = Load(),
     ) -> Array:
         """Applies the layer.
 
@@ -84,7 +85,7 @@ class FeedForward(nnx.Module):
           numbers: ``[expert, tokens]`` or ``[rows]`` int32, what a row's dropout is drawn by; None where there are no
             experts, for T5 shares a draw along a sequence.
           sizes: ``[expert]`` int32, how many of the rows are each expert's.
-          most: what no expert has more rows of; None for any number.
+          load: what is known of ``sizes`` beforehand.
 
         Returns:
           The shape and dtype of ``x``. Of experts whose hidden activations are split over devices, in
@@ -104,7 +105,7 @@ class FeedForward(nnx.Module):
         if sizes is None:
             return constrain(hidden(keep, *(x @ kernel for kernel in into)), hidden_axes) @ wo
         if target_platform() == "cpu":
-            return expert_loop(hidden, most, x, into, wo, keep, sizes)
+            return expert_loop(hidden, load, x, into, wo, keep, sizes)
         return grouped_matmul(hidden(keep, *(grouped_matmul(x, kernel, sizes) for kernel in into)), wo, sizes)
 
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.layers.row_blocks import Block, cut, summed_outer
+from switch_t5.layers.even_rows import EvenRows, even_rows
+from switch_t5.layers.row_blocks import Block, Load, cut, summed_outer
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
 
@@ -25,13 +26,13 @@ Hidden = Callable[..., Array]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def expert_loop(
-    hidden: Hidden, most: int | None, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None, sizes: Array
+    hidden: Hidden, load: Load, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None, sizes: Array
 ) -> Array:
     """``hidden(keep, x wi, ...) wo`` of the first ``sizes[0]`` rows by the first expert, and so on.
 
     Args:
       hidden: of rows of ``keep``, and of the products of the same rows with each kernel of ``into``.
-      most: what no expert has more rows of; None for any number.
+      load: what is known of ``sizes`` beforehand.
       x: ``[rows, embed]``, sorted by expert.
       into: kernels ``[expert, embed, mlp]``.
       wo: ``[expert, mlp, embed]``.
@@ -41,63 +42,116 @@ def expert_loop(
     Returns:
       ``[rows, embed]``; zero in the rows past the sum of ``sizes``.
     """
-    return _forward(hidden, most, x, into, wo, keep, sizes)[0]
+    return _forward(hidden, load, x, into, wo, keep, sizes)[0]
 
 
 def _forward(
-    hidden: Hidden, most: int | None, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None, sizes: Array
+    hidden: Hidden, load: Load, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None, sizes: Array
 ) -> tuple[Array, Any]:
-    blocks = cut(x.shape[0], sizes, most)
+    rows = x.shape[0]
+    blocks = cut(rows, sizes, load)
 
-    def one(carry: Any, expert: Any) -> tuple[Any, None]:
-        index, into, wo = expert
+    def one(expert: Array, carry: Any) -> Any:
+        kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
 
         def step(carry: Any, block: Block) -> Any:
             y, branches = carry
-            products = tuple(block.read(x) @ kernel for kernel in into)
+            products = tuple(block.read(x) @ kernel for kernel in kernels)
             branches = tuple(map(block.write, branches, products))
-            return block.write(y, hidden(_read(block, keep), *products) @ wo), branches
+            return block.write(y, hidden(_read(block, keep), *products) @ out), branches
 
-        return blocks.loop(index, step, carry), None
+        return blocks.loop(expert, step, carry)
 
-    y = jnp.zeros((x.shape[0], wo.shape[2]), x.dtype)
-    branches = tuple(jnp.zeros((x.shape[0], kernel.shape[2]), x.dtype) for kernel in into)
-    (y, branches), _ = jax.lax.scan(one, (y, branches), (jnp.arange(wo.shape[0]), into, wo))
-    return y, (x, into, wo, keep, sizes, branches)
+    y = jnp.zeros((rows, wo.shape[2]), x.dtype)
+    branches = tuple(jnp.zeros((rows, kernel.shape[2]), x.dtype) for kernel in into)
+    y, branches = blocks.over_experts(one, (y, branches))
+    even_branches = None
+    if load.share:
+        even = even_rows(rows, sizes, load.share)
+        even_x = even.take(x)
+        even_branches = tuple(even_x @ kernel for kernel in into)
+        y = even.put(hidden(_take(even, keep), *even_branches) @ wo, y)
+    return y, (x, into, wo, keep, sizes, branches, even_branches)
 
 
-def _backward(hidden: Hidden, most: int | None, residuals: Any, dy: Array) -> tuple[Any, ...]:
-    x, into, wo, keep, sizes, branches = residuals
-    blocks = cut(x.shape[0], sizes, most)
-    dy = jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), dy, 0)  # What no expert writes stays as it is.
+def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[Any, ...]:
+    x, into, wo, keep, sizes, branches, even_branches = residuals
+    rows = x.shape[0]
+    blocks = cut(rows, sizes, load)
+    dy = jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)  # What no expert writes stays as it is.
+    even, even_dx, d_kernels = None, None, tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
+    if load.share:
+        even = even_rows(rows, sizes, load.share)
+        even_dx, d_kernels = _even_backward(hidden, even, x, into, wo, keep, even_branches, dy)
 
-    def one(carry: Any, expert: Any) -> tuple[Any, Any]:
-        index, into, wo = expert
-        dy, branches = carry
+    def one(expert: Array, carry: Any) -> Any:
+        kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
+        dy, branches, sums = carry
 
-        def d_wo_of(block: Block) -> Array:
+        def d_out_of(block: Block) -> Array:
             activated = hidden(_read(block, keep), *map(block.read, branches))
             return summed_outer(jnp.where(block.mine, activated, 0), block.read_mine(dy))
 
         def step(carry: Any, block: Block) -> Any:
             dy, branches = carry
             _, pull = jax.vjp(partial(hidden, _read(block, keep)), *map(block.read, branches))
-            d_branches = pull(block.read(dy) @ wo.T)
-            first, *others = (d_branch @ kernel.T for d_branch, kernel in zip(d_branches, into, strict=True))
+            d_branches = pull(block.read(dy) @ out.T)
+            first, *others = (d_branch @ kernel.T for d_branch, kernel in zip(d_branches, kernels, strict=True))
             dx = sum(others, start=first)
             return block.write(dy, dx), tuple(map(block.write, branches, d_branches))
 
-        d_wo = blocks.sum(index, d_wo_of, wo.shape)
+        d_out = blocks.sum(expert, d_out_of, out.shape)
         # Only then may the values that it was computed from be overwritten.
-        dx, d_branches = blocks.after(zero_after(d_wo[0, 0])).loop(index, step, (dy, branches))
+        dx, d_branches = blocks.after(zero_after(d_out[0, 0])).loop(expert, step, (dy, branches))
         d_into = tuple(
-            blocks.sum(index, lambda block, d=d: summed_outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
-            for d, kernel in zip(d_branches, into, strict=True)
+            blocks.sum(expert, lambda block, d=d: summed_outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
+            for d, kernel in zip(d_branches, kernels, strict=True)
         )
-        return (dx, d_branches), jax.tree.map(lambda gradient: gradient.astype(x.dtype), (d_into, d_wo))
+        add = partial(_add_to if load.share else _set, expert)
+        return dx, d_branches, tuple(map(add, sums, (*d_into, d_out)))
 
-    (dx, _), (d_into, d_wo) = jax.lax.scan(one, (dy, branches), (jnp.arange(wo.shape[0]), into, wo))
-    return dx, d_into, d_wo, None, np.zeros(sizes.shape, jax.dtypes.float0)
+    dx, _, (*d_into, d_wo) = blocks.over_experts(one, (dy, branches, d_kernels))
+    if even is not None:
+        dx = even.put(even_dx, dx)
+    return dx, tuple(d_into), d_wo, None, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+def _even_backward(
+    hidden: Hidden,
+    even: EvenRows,
+    x: Array,
+    into: tuple[Array, ...],
+    wo: Array,
+    keep: Array | None,
+    branches: tuple[Array, ...],
+    dy: Array,
+) -> tuple[Array, tuple[Array, ...]]:
+    """The gradients of the even rows, ``[expert, share, embed]``, and what they add to those of the kernels."""
+    dy = even.take(dy)
+    activated, pull = jax.vjp(partial(hidden, _take(even, keep)), *branches)
+    d_branches = pull(dy @ jnp.swapaxes(wo, 1, 2))
+    d_wo = _summed_outers(activated + zero_after(d_branches[0][0, 0, 0]), dy)
+    first, *others = (d @ jnp.swapaxes(kernel, 1, 2) for d, kernel in zip(d_branches, into, strict=True))
+    dx = sum(others, start=first)
+    x = even.take(x) + zero_after(dx[0, 0, 0])
+    return dx, (*(_summed_outers(x, d) for d in d_branches), d_wo)
+
+
+def _summed_outers(left: Array, right: Array) -> Array:
+    """For each expert ``left`` ``[expert, rows, a]``, transposed, times ``right`` ``[expert, rows, b]``."""
+    return jnp.matmul(jnp.swapaxes(left, 1, 2), right, preferred_element_type=jnp.float32).astype(left.dtype)
+
+
+def _set(expert: Array, stack: Array, value: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), expert, axis=0)
+
+
+def _add_to(expert: Array, stack: Array, value: Array) -> Array:
+    return _set(expert, stack, stack[expert] + value)
+
+
+def _take(even: EvenRows, keep: Array | None) -> Array | None:
+    return None if keep is None else even.take(keep)
 
 
 def _read(block: Block, keep: Array | None) -> Array | None:

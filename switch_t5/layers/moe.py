@@ -17,9 +17,11 @@ from flax import nnx
 
 from switch_t5.layers.dense import FeedForward
 from switch_t5.layers.dropout import dropout, split_rng
+from switch_t5.layers.even_rows import even_share
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.layers.parameter import parameter, parameter_axes
+from switch_t5.layers.row_blocks import Load
 from switch_t5.partitioning.rules import (
     constrain,
     gather_shards,
@@ -192,8 +194,8 @@ class SparseLayer(nnx.Module):
 
     def _apply_to_filled_slots(self, x: Array, assignment: Assignment, rng: Array | None) -> Array:
         """:meth:`_apply_to_slots` without the slots that nobody has."""
-        most = assignment.slot.shape[0] * assignment.capacity
-        return self._apply_to_rows(self.experts, x, assignment.weight, filled_slots(assignment), most, rng)
+        load = Load(most=assignment.slot.shape[0] * assignment.capacity)
+        return self._apply_to_rows(self.experts, x, assignment.weight, filled_slots(assignment), load, rng)
 
     def _apply_to_choices(self, x: Array, choices: Choices, rng: Array | None) -> Array:
         """``[G, S, D]`` to ``[G, S, out]`` without capacity.
@@ -209,7 +211,8 @@ class SparseLayer(nnx.Module):
             order = sort_by_expert(expert.reshape(-1, expert.shape[-1]) - shard_index("expert") * mine, mine)
             # A choice's number in the batch, which is the same on every mesh.
             order = dataclasses.replace(order, number=order.entry + shard_index("expert_batch") * expert.size)
-            combined = self._apply_to_rows(nnx.merge(graph, params), x, weight, order, None, rng)
+            load = Load(share=even_share(expert.size, self.config.num_experts))
+            combined = self._apply_to_rows(nnx.merge(graph, params), x, weight, order, load, rng)
             return sum_shards(combined, scatter="expert", over=self.summed_axis)
 
         token_axes, out_axes = (*TOKEN_AXES, self.in_axis), (*TOKEN_AXES, self.out_axis)
@@ -217,7 +220,7 @@ class SparseLayer(nnx.Module):
         return per_shard(on_a_shard, in_axes, out_axes)(params, x, choices.expert, choices.weight, rng)
 
     def _apply_to_rows(
-        self, experts: Any, x: Array, weight: Array, order: RowOrder, most: int | None, rng: Array | None
+        self, experts: Any, x: Array, weight: Array, order: RowOrder, load: Load, rng: Array | None
     ) -> Array:
         """``[G, S, D]`` and weights ``[G, S, K]`` to ``[G, S, out]``, through rows sorted by expert."""
         groups, size, emb_dim = x.shape
@@ -227,7 +230,7 @@ class SparseLayer(nnx.Module):
             rng=rng,
             numbers=order.number,
             sizes=order.sizes,
-            most=most,
+            load=load,
         )
         return combine_rows(outputs, weight.reshape(groups * size, -1), order).reshape(groups, size, -1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,19 @@ ones waste a tenth on average."""
 
 _FIFTHS, _MULTIPLE, _LARGEST = 5, 8, 1280
 """Where a capacity bounds an expert's rows, sizes are fifths of it: at a factor of 1.25 the even share is one."""
+
+
+class Load(NamedTuple):
+    """What is known of the experts' rows before they are counted.
+
+    Attributes:
+      most: what no expert has more of, where something bounds it.
+      share: how many of each expert's rows, its first, are worked on elsewhere
+        (:mod:`switch_t5.layers.even_rows`).
+    """
+
+    most: int | None = None
+    share: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +80,8 @@ class RowBlocks:
       rest: ``[expert]`` int32, its rows in the first block.
       choice: ``[expert]`` int32, which size that block has; -1 where the expert has no rows.
       whole: ``[expert]`` int32, how many blocks of the largest size follow.
+      order: ``[expert]`` int32, the experts, those without rows last.
+      busy: int32, how many have rows.
     """
 
     rows: int
@@ -75,6 +90,12 @@ class RowBlocks:
     rest: Array
     choice: Array
     whole: Array
+    order: Array
+    busy: Array
+
+    def over_experts(self, work: Callable[[Array, Carry], Carry], carry: Carry) -> Carry:
+        """Runs ``work`` on each expert that has rows."""
+        return jax.lax.fori_loop(0, self.busy, lambda nth, carry: work(self.order[nth], carry), carry)
 
     def after(self, zero: Array) -> RowBlocks:
         """The same, in the flow of data behind a ``zero`` of :func:`switch_t5.routing.data_flow.zero_after`."""
@@ -111,24 +132,27 @@ class RowBlocks:
         return Block(size, first, (wanted <= row) & (row < wanted + count))
 
 
-def cut(rows: int, counts: Array, most: int | None = None) -> RowBlocks:
+def cut(rows: int, counts: Array, load: Load = Load()) -> RowBlocks:
     """Cuts rows that are sorted by expert.
 
     Args:
       rows: how many there are.
       counts: ``[expert]`` int32, the rows of each; their sum is at most ``rows``.
-      most: what no expert has more of, where something bounds it.
+      load: what is known of ``counts`` beforehand.
     """
-    if most is None:
+    start = jnp.cumsum(counts) - counts + jnp.minimum(counts, load.share)
+    counts = jnp.maximum(counts - load.share, 0)
+    if load.most is None:
         sizes = _SIZES
     else:
-        most = min(most, _LARGEST)
+        most = min(load.most, _LARGEST)
         sizes = tuple(-(-most * part // (_FIFTHS * _MULTIPLE)) * _MULTIPLE for part in range(1, _FIFTHS + 1))
     sizes = tuple(sorted({min(size, rows) for size in sizes}))
     whole = jnp.maximum(counts - 1, 0) // sizes[-1]
     rest = counts - whole * sizes[-1]
     choice = jnp.where(rest > 0, jnp.searchsorted(jnp.asarray(sizes), rest), -1)
-    return RowBlocks(rows, sizes, jnp.cumsum(counts) - counts, rest, choice.astype(jnp.int32), whole)
+    order = jnp.argsort(counts == 0, stable=True)
+    return RowBlocks(rows, sizes, start, rest, choice.astype(jnp.int32), whole, order, jnp.sum(counts > 0))
 
 
 def summed_outer(left: Array, right: Array) -> Array:

@@ -39,6 +39,7 @@ from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization
 from switch_t5.layers.moe import SparseLayer
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.layers.row_blocks import Load
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array, Axes
@@ -80,7 +81,7 @@ class LinearExperts(nnx.Module):
         rng: Array | None = None,
         numbers: Array | None = None,
         sizes: Array | None = None,
-        most: int | None = None,
+        load: Load = Load(),
     ) -> Array:
         """Applies each expert to its own tokens.
 
@@ -91,25 +92,25 @@ class LinearExperts(nnx.Module):
           rng: of no use.
           numbers: of no use.
           sizes: ``[expert]`` int32, how many of the rows are each expert's.
-          most: what no expert has more rows of; None for any number.
+          load: what is known of ``sizes`` beforehand.
 
         Returns:
           ``[expert, tokens, heads * names * kv]``, so that the heads of several projections split as one dim; for
           ``out`` ``[expert, tokens, embed]``; or rows of either. The dtype is that of ``x``.
         """
         del hidden_axes, dropout_rate, rng, numbers
-        outputs = [self._apply(x, getattr(self, name)[...], sizes, most) for name in self.names]
+        outputs = [self._apply(x, getattr(self, name)[...], sizes, load) for name in self.names]
         if len(outputs) == 1:
             return outputs[0].astype(x.dtype)
         heads, kv = getattr(self, self.names[0])[...].shape[-2:]
         apart = [y.reshape(*y.shape[:-1], heads, kv) for y in outputs]
         return jnp.stack(apart, axis=-2).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
-    def _apply(self, x: Array, kernel: Array, sizes: Array | None, most: int | None) -> Array:
+    def _apply(self, x: Array, kernel: Array, sizes: Array | None, load: Load) -> Array:
         into = x.shape[-1]
         matrices = kernel.reshape(kernel.shape[0], into, -1).astype(self.dtype)
         if sizes is not None:
-            return grouped_matmul(x.astype(self.dtype), matrices, sizes, most)
+            return grouped_matmul(x.astype(self.dtype), matrices, sizes, load.most)
         # Accelerators multiply float32 in fewer bits unless asked, and then nothing would be gained over bfloat16.
         raised = self.dtype == "float32" and x.dtype != jnp.float32
         precision = jax.lax.Precision.HIGHEST if raised else None
