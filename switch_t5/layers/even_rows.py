@@ -1,0 +1,72 @@
+"""The rows of experts that get about as many each, as one array: what all their kernels multiply at once.
+
+A loop over experts copies each kernel out of its stack before it multiplies a few rows by it. With many experts that
+takes as long as the product; one product of all experts' rows with the whole stack copies nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from switch_t5.types import Array
+
+_MOST = 128
+"""Rows of an expert from which on a kernel's copy no longer counts beside its product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvenRows:
+    """The first rows of each expert, the same number of each; experts that have fewer are filled up with zeros.
+
+    Attributes:
+      row: ``[expert, share]`` int32, where each stands among the rows sorted by expert.
+      mine: ``[expert, share, 1]`` bool, which of them the expert has.
+      place: ``[rows]`` int32, where a sorted row stands in ``expert * share``.
+      inside: ``[rows, 1]`` bool, whether it does.
+    """
+
+    row: Array
+    mine: Array
+    place: Array
+    inside: Array
+
+    def take(self, rows: Array) -> Array:
+        """``[rows, columns]`` to ``[expert, share, columns]``."""
+        return jnp.where(self.mine, rows[self.row], 0)
+
+    def put(self, even: Array, rows: Array) -> Array:
+        """``[rows, columns]`` with ``even`` ``[expert, share, columns]`` in its places."""
+        return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[self.place], rows)
+
+
+def even_share(rows: int, num_experts: int) -> int:
+    """How many rows of each expert are worth one product; 0 where a loop is as fast.
+
+    Args:
+      rows: of all experts together.
+      num_experts: all of them, wherever they are.
+    """
+    share = -(-rows // num_experts)
+    return share if share <= _MOST else 0
+
+
+def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
+    """The first ``share`` of each expert's rows.
+
+    Args:
+      rows: sorted by expert, and those after the last expert's.
+      sizes: ``[expert]`` int32, how many rows each has.
+      share: at least 1.
+    """
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
+    offset = jnp.arange(share, dtype=jnp.int32)
+    row = jnp.minimum(starts[:, None] + offset, rows - 1)
+    every = jnp.arange(rows, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(ends, every, side="right"), sizes.shape[0] - 1)
+    nth = every - starts[expert]
+    inside = (nth < share) & (every < ends[-1])
+    place = jnp.where(inside, expert * share + nth, 0)
+    return EvenRows(row, (offset < sizes[:, None])[..., None], place, inside[:, None])

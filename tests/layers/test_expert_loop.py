@@ -1,0 +1,83 @@
+"""The experts' feed-forward on sorted rows, in blocks and in even shares, against loops in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switch_t5.layers.even_rows import even_rows, even_share
+from switch_t5.layers.expert_loop import expert_loop
+from switch_t5.layers.row_blocks import Load
+
+EMBED, HIDDEN = 3, 5
+
+
+def hidden(keep: jax.Array, gate: jax.Array, value: jax.Array) -> jax.Array:
+    """Twice differentiable, gated and with dropout."""
+    return jnp.where(keep, jnp.tanh(gate) * value, 0)
+
+
+def operands(rows: int, experts: int) -> list[np.ndarray]:
+    """``x``, two kernels into, one out, what is kept, and the output's gradient."""
+    random = np.random.default_rng(rows)
+    shapes = (rows, EMBED), (experts, EMBED, HIDDEN), (experts, EMBED, HIDDEN), (experts, HIDDEN, EMBED)
+    arrays = [random.normal(size=shape) for shape in shapes]
+    return [*arrays, random.random((rows, HIDDEN)) < 0.8, random.normal(size=(rows, EMBED))]
+
+
+def in_loops(arrays: list[np.ndarray], sizes: list[int]) -> tuple[np.ndarray, ...]:
+    """The output, and the gradients of ``x`` and the kernels, row by row."""
+    x, wi_0, wi_1, wo, keep, dy = arrays
+    y, dx, d_wi_0, d_wi_1, d_wo = (np.zeros(array.shape) for array in (dy, x, wi_0, wi_1, wo))
+    for row, expert in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        gate, value = x[row] @ wi_0[expert], x[row] @ wi_1[expert]
+        activated = keep[row] * np.tanh(gate) * value
+        y[row] = activated @ wo[expert]
+        d_activated = keep[row] * (wo[expert] @ dy[row])
+        d_gate, d_value = d_activated * value / np.cosh(gate) ** 2, d_activated * np.tanh(gate)
+        dx[row] = wi_0[expert] @ d_gate + wi_1[expert] @ d_value
+        d_wi_0[expert] += np.outer(x[row], d_gate)
+        d_wi_1[expert] += np.outer(x[row], d_value)
+        d_wo[expert] += np.outer(activated, dy[row])
+    return y, dx, d_wi_0, d_wi_1, d_wo
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def found(load: Load, arrays: list[jax.Array], sizes: jax.Array) -> tuple[jax.Array, ...]:
+    x, wi_0, wi_1, wo, keep, dy = arrays
+    y, pull = jax.vjp(lambda x, a, b, wo: expert_loop(hidden, load, x, (a, b), wo, keep, sizes), x, wi_0, wi_1, wo)
+    return y, *pull(dy)
+
+
+@pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=50)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 40], [0, 25, 1, 7], [6, 7, 5, 0], [0, 0, 0, 0]],
+    ids=str,
+)
+def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Load, sizes: list[int]) -> None:
+    arrays = operands(40, len(sizes))
+    as_float32 = [jnp.asarray(array, bool if array.dtype == bool else jnp.float32) for array in arrays]
+    results = found(load, as_float32, jnp.asarray(sizes, jnp.int32))
+    for result, expected in zip(results, in_loops(arrays, sizes), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_even_rows_are_the_first_of_each_expert_and_go_back_where_they_came_from() -> None:
+    rows = jnp.arange(1.0, 9)[:, None]  # 3 of the first expert, none, 2, 1, and 2 of nobody.
+    even = even_rows(8, jnp.asarray([3, 0, 2, 1]), 2)
+    taken = even.take(rows)
+    np.testing.assert_array_equal(taken[..., 0], [[1, 2], [0, 0], [4, 5], [6, 0]])
+    put = even.put(10 * taken, jnp.zeros_like(rows))
+    np.testing.assert_array_equal(put[:, 0], [10, 20, 0, 40, 50, 60, 0, 0])
+
+
+def test_the_share_of_an_expert_is_even_and_none_where_kernels_are_small_beside_rows() -> None:
+    assert even_share(8192, 256) == 32
+    assert even_share(100, 8) == 13
+    assert even_share(8192, 64) == 128
+    assert even_share(8192, 32) == 0
