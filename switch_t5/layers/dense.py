@@ -14,7 +14,7 @@ from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
-from switch_t5.layers.row_blocks import Load
+from switch_t5.layers.row_blocks import UNKNOWN, Load
 from switch_t5.partitioning.rules import constrain, target_platform
 from switch_t5.types import Array, Axes
 
@@ -72,7 +72,7 @@ class FeedForward(nnx.Module):
         rng: Array | None,
         numbers: Array | None = None,
         sizes: Array | None = None,
-        load: Load = Load(),
+        load: Load = UNKNOWN,
     ) -> Array:
         """Applies the layer.
 

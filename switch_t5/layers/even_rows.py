@@ -7,13 +7,21 @@ takes as long as the product; one product of all experts' rows with the whole st
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from switch_t5.types import Array
 
+Result = TypeVar("Result")
+
 _MOST = 128
 """Rows of an expert from which on a kernel's copy no longer counts beside its product."""
+
+_EVEN = 4
+"""One row in so many may be beyond its expert's share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +29,14 @@ class EvenRows:
     """The first rows of each expert, the same number of each; experts that have fewer are filled up with zeros.
 
     Attributes:
+      share: int32, how many of each expert's rows these are; 0 where none are, since the loads are not even.
       row: ``[expert, share]`` int32, where each stands among the rows sorted by expert.
       mine: ``[expert, share, 1]`` bool, which of them the expert has.
       place: ``[rows]`` int32, where a sorted row stands in ``expert * share``.
       inside: ``[rows, 1]`` bool, whether it does.
     """
 
+    share: Array
     row: Array
     mine: Array
     place: Array
@@ -39,6 +49,12 @@ class EvenRows:
     def put(self, even: Array, rows: Array) -> Array:
         """``[rows, columns]`` with ``even`` ``[expert, share, columns]`` in its places."""
         return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[self.place], rows)
+
+    def work(self, function: Callable[..., Result], *operands: Any) -> Result:
+        """``function`` of ``operands`` where there are such rows; else zeros, which take no product."""
+        shapes = jax.eval_shape(function, *operands)
+        nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.cond(self.share > 0, function, lambda *_: nothing, *operands)
 
 
 def even_share(rows: int, num_experts: int) -> int:
@@ -53,13 +69,16 @@ def even_share(rows: int, num_experts: int) -> int:
 
 
 def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
-    """The first ``share`` of each expert's rows.
+    """The first ``share`` of each expert's rows, where the loads are even; else none of them.
 
     Args:
       rows: sorted by expert, and those after the last expert's.
       sizes: ``[expert]`` int32, how many rows each has.
       share: at least 1.
     """
+    # Where loads are skewed, the loop multiplies fewer rows.
+    beyond = jnp.sum(jnp.maximum(sizes - share, 0))
+    used = beyond * _EVEN <= jnp.sum(sizes)
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     offset = jnp.arange(share, dtype=jnp.int32)
@@ -67,6 +86,7 @@ def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
     every = jnp.arange(rows, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(ends, every, side="right"), sizes.shape[0] - 1)
     nth = every - starts[expert]
-    inside = (nth < share) & (every < ends[-1])
+    inside = used & (nth < share) & (every < ends[-1])
     place = jnp.where(inside, expert * share + nth, 0)
-    return EvenRows(row, (offset < sizes[:, None])[..., None], place, inside[:, None])
+    mine = (offset < sizes[:, None])[..., None]
+    return EvenRows(jnp.where(used, share, 0), row, mine, place, inside[:, None])

@@ -49,7 +49,8 @@ def _forward(
     hidden: Hidden, load: Load, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None, sizes: Array
 ) -> tuple[Array, Any]:
     rows = x.shape[0]
-    blocks = cut(rows, sizes, load)
+    even = even_rows(rows, sizes, load.share) if load.share else None
+    blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
 
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
@@ -66,23 +67,22 @@ def _forward(
     branches = tuple(jnp.zeros((rows, kernel.shape[2]), x.dtype) for kernel in into)
     y, branches = blocks.over_experts(one, (y, branches))
     even_branches = None
-    if load.share:
-        even = even_rows(rows, sizes, load.share)
-        even_x = even.take(x)
-        even_branches = tuple(even_x @ kernel for kernel in into)
-        y = even.put(hidden(_take(even, keep), *even_branches) @ wo, y)
+    if even is not None:
+        even_y, even_branches = even.work(partial(_even_forward, hidden, even), x, into, wo, keep)
+        y = even.put(even_y, y)
     return y, (x, into, wo, keep, sizes, branches, even_branches)
 
 
 def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[Any, ...]:
     x, into, wo, keep, sizes, branches, even_branches = residuals
     rows = x.shape[0]
-    blocks = cut(rows, sizes, load)
     dy = jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)  # What no expert writes stays as it is.
-    even, even_dx, d_kernels = None, None, tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
-    if load.share:
-        even = even_rows(rows, sizes, load.share)
-        even_dx, d_kernels = _even_backward(hidden, even, x, into, wo, keep, even_branches, dy)
+    even, even_dx = even_rows(rows, sizes, load.share) if load.share else None, dy
+    d_kernels = tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
+    if even is not None:
+        backward = partial(_even_backward, hidden, even)
+        even_dx, d_kernels = even.work(backward, x, into, wo, keep, even_branches, dy)
+    blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
 
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
@@ -107,13 +107,22 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
             blocks.sum(expert, lambda block, d=d: summed_outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
             for d, kernel in zip(d_branches, kernels, strict=True)
         )
-        add = partial(_add_to if load.share else _set, expert)
+        add = partial(_set if even is None else _add_to, expert)
         return dx, d_branches, tuple(map(add, sums, (*d_into, d_out)))
 
     dx, _, (*d_into, d_wo) = blocks.over_experts(one, (dy, branches, d_kernels))
     if even is not None:
         dx = even.put(even_dx, dx)
     return dx, tuple(d_into), d_wo, None, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+def _even_forward(
+    hidden: Hidden, even: EvenRows, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None
+) -> tuple[Array, tuple[Array, ...]]:
+    """The even rows' output, ``[expert, share, embed]``, and their products with each kernel of ``into``."""
+    x = even.take(x)
+    branches = tuple(x @ kernel for kernel in into)
+    return hidden(_take(even, keep), *branches) @ wo, branches
 
 
 def _even_backward(

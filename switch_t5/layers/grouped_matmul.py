@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.layers.row_blocks import Block, Load, cut, summed_outer
+from switch_t5.layers.row_blocks import Block, cut, summed_outer
 from switch_t5.partitioning.rules import target_platform
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
@@ -86,7 +86,7 @@ def _without_the_rest(y: Array, sizes: Array) -> Array:
 
 def _blocked(x: Array, kernel: Array, sizes: Array, most: int | None, *, transposed: bool = False) -> Array:
     """:func:`grouped_matmul` on a CPU; ``transposed`` multiplies by each matrix' transpose."""
-    blocks = cut(x.shape[0], sizes, Load(most))
+    blocks = cut(x.shape[0], sizes, most)
 
     def multiply(expert: Array, y: Array) -> Array:
         matrix = jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False)
@@ -103,7 +103,7 @@ def _blocked(x: Array, kernel: Array, sizes: Array, most: int | None, *, transpo
 
 def _blocked_kernel_gradient(x: Array, dy: Array, sizes: Array, most: int | None) -> Array:
     """``[expert, embed, mlp]``: for each matrix, its rows of ``x``, transposed, times those of ``dy``."""
-    blocks = cut(x.shape[0], sizes, Load(most))
+    blocks = cut(x.shape[0], sizes, most)
 
     def product(block: Block) -> Array:
         return summed_outer(block.read_mine(x), block.read_mine(dy))

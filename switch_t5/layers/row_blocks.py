@@ -33,12 +33,15 @@ class Load(NamedTuple):
 
     Attributes:
       most: what no expert has more of, where something bounds it.
-      share: how many of each expert's rows, its first, are worked on elsewhere
-        (:mod:`switch_t5.layers.even_rows`).
+      share: what each has where all have the same, if so few that they are worth one product
+        (:func:`switch_t5.layers.even_rows.even_share`); else 0.
     """
 
     most: int | None = None
     share: int = 0
+
+
+UNKNOWN = Load()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +135,21 @@ class RowBlocks:
         return Block(size, first, (wanted <= row) & (row < wanted + count))
 
 
-def cut(rows: int, counts: Array, load: Load = Load()) -> RowBlocks:
+def cut(rows: int, counts: Array, most: int | None = None, skip: Array | int = 0) -> RowBlocks:
     """Cuts rows that are sorted by expert.
 
     Args:
       rows: how many there are.
       counts: ``[expert]`` int32, the rows of each; their sum is at most ``rows``.
-      load: what is known of ``counts`` beforehand.
+      most: what no expert has more of, where something bounds it.
+      skip: of each expert, so many first rows are left out.
     """
-    start = jnp.cumsum(counts) - counts + jnp.minimum(counts, load.share)
-    counts = jnp.maximum(counts - load.share, 0)
-    if load.most is None:
+    start = jnp.cumsum(counts) - counts + jnp.minimum(counts, skip)
+    counts = jnp.maximum(counts - skip, 0)
+    if most is None:
         sizes = _SIZES
     else:
-        most = min(load.most, _LARGEST)
+        most = min(most, _LARGEST)
         sizes = tuple(-(-most * part // (_FIFTHS * _MULTIPLE)) * _MULTIPLE for part in range(1, _FIFTHS + 1))
     sizes = tuple(sorted({min(size, rows) for size in sizes}))
     whole = jnp.maximum(counts - 1, 0) // sizes[-1]

@@ -39,7 +39,7 @@ from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization
 from switch_t5.layers.moe import SparseLayer
 from switch_t5.layers.moe_config import MoEConfig
-from switch_t5.layers.row_blocks import Load
+from switch_t5.layers.row_blocks import UNKNOWN, Load
 from switch_t5.partitioning.rules import constrain
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array, Axes
@@ -81,7 +81,7 @@ class LinearExperts(nnx.Module):
         rng: Array | None = None,
         numbers: Array | None = None,
         sizes: Array | None = None,
-        load: Load = Load(),
+        load: Load = UNKNOWN,
     ) -> Array:
         """Applies each expert to its own tokens.
 

@@ -70,10 +70,19 @@ def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Loa
 def test_even_rows_are_the_first_of_each_expert_and_go_back_where_they_came_from() -> None:
     rows = jnp.arange(1.0, 9)[:, None]  # 3 of the first expert, none, 2, 1, and 2 of nobody.
     even = even_rows(8, jnp.asarray([3, 0, 2, 1]), 2)
+    assert int(even.share) == 2
     taken = even.take(rows)
     np.testing.assert_array_equal(taken[..., 0], [[1, 2], [0, 0], [4, 5], [6, 0]])
     put = even.put(10 * taken, jnp.zeros_like(rows))
     np.testing.assert_array_equal(put[:, 0], [10, 20, 0, 40, 50, 60, 0, 0])
+
+
+def test_skewed_loads_have_no_even_rows() -> None:
+    assert int(even_rows(40, jnp.asarray([19, 7, 7, 7]), 10).share) == 10
+    skewed = even_rows(40, jnp.asarray([25, 5, 5, 5]), 10)
+    assert int(skewed.share) == 0
+    rows = jnp.ones((40, 1))
+    np.testing.assert_array_equal(skewed.put(jnp.zeros((4, 10, 1)), rows), rows)
 
 
 def test_the_share_of_an_expert_is_even_and_none_where_kernels_are_small_beside_rows() -> None:
