@@ -53,8 +53,14 @@ class EvenRows:
     def work(self, function: Callable[..., Result], *operands: Any) -> Result:
         """``function`` of ``operands`` where there are such rows; else zeros, which take no product."""
         shapes = jax.eval_shape(function, *operands)
-        nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        return jax.lax.cond(self.share > 0, function, lambda *_: nothing, *operands)
+        nothing = lambda *_: jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)  # noqa: E731
+        return jax.lax.cond(self.share > 0, function, nothing, *operands)
+
+    def plus(self, value: Array, stack: Array, expert: Array) -> Array:
+        """``value`` and what such rows have put in ``stack`` ``[expert, ...]``, which is not read without them."""
+        # A loop of one turn or none; the turn is part of where it reads, or XLA would read before the loop.
+        turns = (self.share > 0).astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, lambda turn, value: value + stack[expert + turn], value)
 
 
 def even_share(rows: int, num_experts: int) -> int:

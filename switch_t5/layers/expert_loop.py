@@ -107,8 +107,10 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
             blocks.sum(expert, lambda block, d=d: summed_outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
             for d, kernel in zip(d_branches, kernels, strict=True)
         )
-        add = partial(_set if even is None else _add_to, expert)
-        return dx, d_branches, tuple(map(add, sums, (*d_into, d_out)))
+        d_kernels = (*d_into, d_out)
+        if even is not None:
+            d_kernels = tuple(even.plus(d, stack, expert) for d, stack in zip(d_kernels, sums, strict=True))
+        return dx, d_branches, tuple(map(partial(_set, expert), sums, d_kernels))
 
     dx, _, (*d_into, d_wo) = blocks.over_experts(one, (dy, branches, d_kernels))
     if even is not None:
@@ -153,10 +155,6 @@ def _summed_outers(left: Array, right: Array) -> Array:
 
 def _set(expert: Array, stack: Array, value: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), expert, axis=0)
-
-
-def _add_to(expert: Array, stack: Array, value: Array) -> Array:
-    return _set(expert, stack, stack[expert] + value)
 
 
 def _take(even: EvenRows, keep: Array | None) -> Array | None:
