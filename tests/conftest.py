@@ -7,3 +7,6 @@ import os
 # Read when jax is first imported; as environment variables they also reach the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# A test's programs are small and run once or twice: XLA's own passes stay as they are, LLVM's would take half of the
+# suite's time. Set to 0, the tests compile as a user's programs do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
