@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # Read when jax is first imported; as environment variables they also reach the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,3 +13,14 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # A test's programs are small and run once or twice: XLA's own passes stay as they are, LLVM's would take half of the
 # suite's time. Set to 0, the tests compile as a user's programs do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture(scope="module")
+def compiled_as_users_do() -> Iterator[None]:
+    """Programs of a module with LLVM's passes, where a claim is about them to the last bit."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -100,8 +100,8 @@ def unscaled(rows: jax.Array, slot: jax.Array, token: jax.Array) -> jax.Array:
     return sum_by_token(rows, slot, token) / slot.shape[-1]
 
 
-def blocks_one_row_short(*args: Any) -> Any:
-    blocks = cut(*args)
+def blocks_one_row_short(*args: Any, **skip: Any) -> Any:
+    blocks = cut(*args, **skip)
     return dataclasses.replace(blocks, rest=blocks.rest - 1)
 
 

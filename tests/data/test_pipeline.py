@@ -138,6 +138,7 @@ def test_saving_the_position_does_not_disturb_the_batches(config: DataConfig) ->
     assert digest(with_saves) == digest(take(plain, 6))
 
 
+@pytest.mark.slow
 def test_a_position_is_restored_in_another_process(config: DataConfig, corpus: Path, tmp_path: Path) -> None:
     iterator = BatchIterator(config, repeat=True)
     take(iterator, 25)

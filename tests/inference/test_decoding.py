@@ -26,6 +26,8 @@ from switch_t5.routing.router import RouterConfig
 from switch_t5.types import Array, Params
 from tests.model.small import random_params
 
+pytestmark = pytest.mark.usefixtures("compiled_as_users_do")
+
 LENGTH, EOS = 6, 1
 DENSE = TransformerConfig(
     vocab_size=12,

@@ -109,6 +109,7 @@ def test_an_incompatible_restart_is_refused_with_the_difference(program: Program
     assert (uninterrupted / "config.gin").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_evaluated_and_fills_blanks(program: Program, uninterrupted: Path, tmp_path: Path) -> None:
     report = tmp_path / "eval.json"
     program.run("eval", uninterrupted, f"--json={report}")

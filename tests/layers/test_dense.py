@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from switch_t5.layers.dense import FeedForward
+from switch_t5.layers.row_blocks import Load
 from switch_t5.types import Array
 
 HIDDEN_AXES = ("batch", "length", "mlp")
@@ -83,16 +84,20 @@ SIZES = (5, 0, 7, 3)
 """Rows of each expert; one more row is nobody's."""
 
 
-def expert_loss(params: nnx.State, graph: nnx.GraphDef, x: Array, sizes: Array) -> Array:
-    rows = {"numbers": jnp.arange(len(x)), "sizes": sizes, "most": 8}
+LOADS = Load(most=8), Load(share=5)
+
+
+def expert_loss(params: nnx.State, graph: nnx.GraphDef, x: Array, sizes: Array, load: Load) -> Array:
+    rows = {"numbers": jnp.arange(len(x)), "sizes": sizes, "load": load}
     return jnp.sum(jnp.sin(nnx.merge(graph, params)(x, dropout_rate=0.0, rng=None, **rows)))
 
 
-def test_expert_gradients_are_those_of_each_experts_own_product() -> None:
+@pytest.mark.parametrize("load", LOADS, ids=str)
+def test_expert_gradients_are_those_of_each_experts_own_product(load: Load) -> None:
     layer = FeedForward(6, 10, ("gelu", "linear"), "t5x", num_experts=4, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
     graph, params = nnx.split(layer)
-    gradients = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x, jnp.asarray(SIZES))
+    gradients = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x, jnp.asarray(SIZES), load)
     expert = np.repeat(np.arange(4), SIZES)
 
     def reference(params: dict[str, Array], x: Array) -> Array:
@@ -108,13 +113,14 @@ def test_expert_gradients_are_those_of_each_experts_own_product() -> None:
     np.testing.assert_allclose(gradients[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_update_on_one_device_overwrites_expert_kernels_without_copying_them() -> None:
+@pytest.mark.parametrize("load", LOADS, ids=str)
+def test_an_update_on_one_device_overwrites_expert_kernels_without_copying_them(load: Load) -> None:
     layer = FeedForward(16, 24, ("relu",), "t5x", num_experts=4, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
 
     def update(params: nnx.State, x: Array, sizes: Array) -> tuple[nnx.State, Array]:
         # The gradient of the input, which reads the kernels last, is wanted as it is inside a model.
-        gradients, d_x = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x, sizes)
+        gradients, d_x = jax.grad(expert_loss, argnums=(0, 2))(params, graph, x, sizes, load)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), d_x
 
     arguments = params, jnp.ones((32, 16)), jnp.asarray(SIZES)

@@ -66,7 +66,9 @@ def test_the_released_models_conventions(kind: Kind, deviation: float, bound: fl
 @pytest.mark.parametrize("kind", ["query", "attention", "mlp", "expert", "logits", "relpos"])
 def test_the_released_switch_models_start_with_a_tenth_of_the_dense_ones_variance(kind: Kind) -> None:
     fans = {"fan_in": 250, "fan_out": 32, "head_dim": 64}
-    np.testing.assert_allclose(draw(kind, "t5x_switch", **fans), math.sqrt(0.1) * draw(kind, "t5x", **fans), rtol=1e-5)
+    found, expected = draw(kind, "t5x_switch", **fans), math.sqrt(0.1) * draw(kind, "t5x", **fans)
+    # Draws near zero are differences of numbers near one, which programs round each in its way.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
 
 
 def test_the_released_switch_models_router_and_embedding_start_as_the_dense_ones() -> None:

@@ -154,6 +154,7 @@ def test_recomputed_equals_stored() -> None:
     assert_close(gradients, reference)
 
 
+@pytest.mark.slow
 def test_scanned_recomputed_and_written_out_draw_the_same_dropout_and_jitter() -> None:
     gradients, results = outcome(dataclasses.replace(SCANNED, remat=True), random_parts=True)
     reference, reference_results = outcome(CONFIG, random_parts=True)

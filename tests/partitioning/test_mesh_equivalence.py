@@ -99,6 +99,7 @@ def test_every_mesh_trains_as_one_device_does(name: str) -> None:
     assert_equal_within_rounding(run(MESHES[name]), reference)
 
 
+@pytest.mark.slow
 def test_sparse_attention_trains_on_a_mesh_as_on_one_device() -> None:
     moe = MoEConfig(8, group_size=6, train_capacity_factor=1.0, min_expert_capacity=1)
     projections = ("query", "key", "value", "out")

@@ -78,6 +78,7 @@ def test_gathered_and_one_hot_dispatch_give_the_same_step(batch: Any) -> None:
     _assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_scanned_and_written_out_layers_give_the_same_step(batch: Any) -> None:
     deep = dataclasses.replace(CONFIG, num_encoder_layers=4, num_decoder_layers=4)
     gradients, metrics = _step(deep, batch)
