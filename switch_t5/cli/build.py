@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.cli.configuration import Configuration
 from switch_t5.data.pipeline import DataConfig, evaluation_batches, get_vocabulary
@@ -23,6 +24,7 @@ from switch_t5.inference.predictor import Predictor
 from switch_t5.inference.task_scores import SUMMARY, TaskScorer, scored_tasks
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
+from switch_t5.model.upcycling import check_upcycled
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
 from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
 from switch_t5.partitioning.rules import partitioned
@@ -78,6 +80,8 @@ class RunSpec:
             evaluation=configuration.get("EvaluationConfig"),
         )
         spec._check_load_loss()
+        if spec.train.upcycling is not None:
+            check_upcycled(spec.transformer)
         return spec.with_best_of_tasks()
 
     def with_best_of_tasks(self) -> RunSpec:
@@ -156,6 +160,17 @@ class Run:
     def init_state(self) -> TrainState:
         """A new state, made on the devices that hold its parts."""
         init = jax.jit(self._init, out_shardings=self.state_shardings)
+        return init(jax.random.key(self.spec.train.seed))
+
+    def new_params(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        """Some of the parameters that :meth:`init_state` draws, by names such as ``params/encoder/.../router``."""
+        shardings = naming.named_leaves({"params": self.state_shardings.params})
+
+        def draw(rng: jax.Array) -> dict[str, jax.Array]:
+            drawn = naming.named_leaves({"params": self.model.init(rng)})
+            return {name: drawn[name] for name in names}
+
+        init = jax.jit(draw, out_shardings={name: shardings[name] for name in names})
         return init(jax.random.key(self.spec.train.seed))
 
     def with_params(self, params: Params) -> TrainState:

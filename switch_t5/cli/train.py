@@ -151,11 +151,13 @@ def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -
         restored = checkpointer.restore(run.abstract_state)
         batches.set_state(restored.data_state)
         return restored.state
-    from switch_t5.cli.trained import load_params, load_state
+    from switch_t5.cli.trained import load_params, load_state, upcycled_state
 
     path = run.spec.train.initial_checkpoint_path
     if path is None:
         return run.init_state()
+    if run.spec.train.upcycling is not None:
+        return upcycled_state(run, path, run.spec.train.upcycling)
     if run.spec.train.initial_checkpoint_optimizer:
         return load_state(run, path)
     params, _ = load_params(run, path)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from switch_t5.cli.build import Run
+    from switch_t5.model.upcycling import UpcyclingConfig
     from switch_t5.training.state import TrainState
     from switch_t5.types import Params
 
@@ -48,6 +49,16 @@ def load_state(run: Run, path: str) -> TrainState:
         with Checkpointer(model_dir, read_only=True) as source:
             return source.restore_part("", run.abstract_state, step)
     return load.load_state(path, run.spec.transformer, run.abstract_state)
+
+
+def upcycled_state(run: Run, path: str, upcycling: UpcyclingConfig) -> TrainState:
+    """The start of a sparse model from a dense checkpoint, see :mod:`switch_t5.checkpoint.upcycling`."""
+    from switch_t5.checkpoint.upcycling import upcycle
+
+    whole = run.spec.train.initial_checkpoint_optimizer
+    abstract = run.abstract_state if whole else {"params": run.abstract_state.params}
+    made = upcycle(path, run.spec.transformer, upcycling, abstract, run.new_params, optimizer=whole)
+    return made if whole else run.with_params(made["params"])
 
 
 def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> Run:

@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*PRETRAIN, "MIXTURE_OR_TASK_NAME=super_glue_boolq_v102", "INITIAL_CHECKPOINT_PATH=/tmp/pretrained"),
     ),
     "finetune_superglue": (("models/switch_base_e8.gin",), (*PRETRAIN, "INITIAL_CHECKPOINT_PATH=/tmp/pretrained")),
+    "upcycle": (("models/switch_base_e8.gin",), (*PRETRAIN, "INITIAL_CHECKPOINT_PATH=/tmp/dense")),
     "eval": ((), ()),
     "infer": ((), ()),
 }
