@@ -84,13 +84,14 @@ def open_checkpoint(path: str) -> OpenCheckpoint:
         return open_native(checkpointer.directory, step, checkpointer.leaves(step))
 
 
-def read_checkpoint(path: str, expected: Architecture | None = None) -> Recognised:
+def read_checkpoint(path: str, expected: Architecture | None = None, *, optimizer: bool = True) -> Recognised:
     """Opens the checkpoint at a path and finds the place of each of its arrays, strictly.
 
     Args:
       path: see :func:`format_of`.
       expected: the model that is wanted, which says what is missing from a partly downloaded checkpoint; None reads
         the model off the checkpoint.
+      optimizer: False leaves out of one of ours all but its parameters, so that its optimizer need not be known.
 
     Raises:
       UserError: there is none, it is damaged or not whole, or of a model that is not known.
@@ -102,6 +103,8 @@ def read_checkpoint(path: str, expected: Architecture | None = None) -> Recognis
         layouts = t5x.LAYOUTS
     elif checkpoint.format == NATIVE:
         kept = {name: array for name, array in arrays.items() if name not in (native_layout.STEP, native_layout.COUNT)}
+        if not optimizer:
+            kept = {name: array for name, array in kept.items() if name.startswith("params/")}
         layouts = tuple(native_layout.LAYOUTS.values())
     else:
         assert checkpoint.config is not None

@@ -35,25 +35,30 @@ class Loaded(NamedTuple):
 def is_known(path: str) -> bool:
     """Whether a checkpoint holds a model that the tables know; one of ours may have more than they do."""
     try:
-        read_checkpoint(path)
+        read_checkpoint(path, optimizer=False)
     except UserError:
         return False
     return True
 
 
-def fitting(path: str, config: TransformerConfig) -> Recognised:
-    """Opens the checkpoint at a path for a model.
+def fitting(path: str, config: TransformerConfig, *, optimizer: bool = True) -> Recognised:
+    """Opens the checkpoint at a path for a model; without ``optimizer`` whatever optimizer ours was trained with.
 
     Raises:
       UserError: it is of another architecture: the sentence says in what, and the gin that would fit.
     """
     wanted = Architecture.of(config)
-    recognised = read_checkpoint(path, wanted)
+    recognised = read_checkpoint(path, wanted, optimizer=optimizer)
     differences = recognised.architecture.differences(wanted)
     if differences:
-        gin = " ".join(f"--gin.{line.replace(' = ', '=')}" for line in recognised.architecture.gin().splitlines())
+        gin = gin_flags(recognised.architecture)
         raise UserError(f"{path} is of another architecture: {'; '.join(differences)}. These would fit: {gin}")
     return recognised
+
+
+def gin_flags(architecture: Architecture) -> str:
+    """An architecture as flags of a command."""
+    return " ".join(f"--gin.{line.replace(' = ', '=')}" for line in architecture.gin().splitlines())
 
 
 def load_params(path: str, config: TransformerConfig, abstract_params: Any) -> Loaded:
@@ -67,7 +72,7 @@ def load_params(path: str, config: TransformerConfig, abstract_params: Any) -> L
     Raises:
       UserError: there is no checkpoint, it is damaged, or it is of another architecture.
     """
-    recognised = fitting(path, config)
+    recognised = fitting(path, config, optimizer=False)
     placed = native_places(config, None)
     leaves = naming.named_leaves({_PARAMS: abstract_params})
     read = placed_arrays(leaves, placed, reader_of(recognised), path)

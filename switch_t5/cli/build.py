@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.cli.configuration import Configuration
 from switch_t5.data.pipeline import DataConfig, evaluation_batches, get_vocabulary
@@ -23,16 +24,18 @@ from switch_t5.inference.predictor import Predictor
 from switch_t5.inference.task_scores import SUMMARY, TaskScorer, scored_tasks
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
+from switch_t5.model.upcycling import check_upcycled
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
 from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
 from switch_t5.partitioning.rules import partitioned
 from switch_t5.routing.capacity import group_shape, sequences_per_group
+from switch_t5.training.distillation import Teacher
 from switch_t5.training.loop import TrainConfig
 from switch_t5.training.losses import LossConfig
 from switch_t5.training.optimizers import state_axes
 from switch_t5.training.state import TrainState
-from switch_t5.training.step import eval_step, train_step
-from switch_t5.types import Params
+from switch_t5.training.step import Metrics, eval_step, train_step
+from switch_t5.types import Batch, Params
 
 ROOTS = (
     "TransformerConfig",
@@ -78,6 +81,9 @@ class RunSpec:
             evaluation=configuration.get("EvaluationConfig"),
         )
         spec._check_load_loss()
+        spec._check_teacher()
+        if spec.train.upcycling is not None:
+            check_upcycled(spec.transformer)
         return spec.with_best_of_tasks()
 
     def with_best_of_tasks(self) -> RunSpec:
@@ -107,6 +113,17 @@ class RunSpec:
                 "set RouterConfig.exploration = 'gaussian', or the weight to 0.",
             )
 
+    def _check_teacher(self) -> None:
+        weight = self.loss.soft_loss_weight
+        if self.train.distillation is not None:
+            self.train.distillation.check_student(self.transformer, weight)
+        elif weight:
+            raise ConfigError(
+                "LossConfig.soft_loss_weight",
+                f"is {weight}, but there is no teacher: give TrainConfig.distillation = @DistillationConfig(), or set "
+                "the weight to 0.",
+            )
+
 
 class Run:
     """A run's model on its mesh, with the functions that work on it.
@@ -116,6 +133,7 @@ class Run:
       mesh: the devices.
       model: the structure.
       optimizer: what updates the parameters.
+      teacher: the structure of what the model learns from beside its targets; None for none.
     """
 
     def __init__(self, spec: RunSpec, mesh: Mesh | None = None) -> None:
@@ -123,7 +141,11 @@ class Run:
         self.mesh = make_mesh(spec.mesh) if mesh is None else mesh
         self.model = Model(spec.transformer)
         self.optimizer = spec.train.optimizer(self.model.axes)
+        self.teacher = None
         check_batch(spec, self.mesh)
+        if spec.train.distillation is not None and spec.loss.soft_loss_weight:
+            self.teacher = Model(spec.train.distillation.teacher)
+            check_batch(dataclasses.replace(spec, transformer=self.teacher.config), self.mesh)
         _ = self.state_shardings
 
     @functools.cached_property
@@ -158,6 +180,17 @@ class Run:
         init = jax.jit(self._init, out_shardings=self.state_shardings)
         return init(jax.random.key(self.spec.train.seed))
 
+    def new_params(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        """Some of the parameters that :meth:`init_state` draws, by names such as ``params/encoder/.../router``."""
+        shardings = naming.named_leaves({"params": self.state_shardings.params})
+
+        def draw(rng: jax.Array) -> dict[str, jax.Array]:
+            drawn = naming.named_leaves({"params": self.model.init(rng)})
+            return {name: drawn[name] for name in names}
+
+        init = jax.jit(draw, out_shardings={name: shardings[name] for name in names})
+        return init(jax.random.key(self.spec.train.seed))
+
     def with_params(self, params: Params) -> TrainState:
         """A new state with these parameters."""
         init = jax.jit(self.optimizer.init, out_shardings=self.state_shardings.opt_state)
@@ -176,20 +209,37 @@ class Run:
             for name, (shape, dtype) in batch_shapes(self.spec.data).items()
         }
 
-    def compile_train_step(self) -> jax.stages.Compiled:
-        """The training step, compiled; it takes over its state's buffers."""
-        spec = self.spec
-        step = functools.partial(
-            train_step,
-            model=self.model,
-            optimizer=self.optimizer,
-            config=spec.loss,
-            microbatches=spec.train.microbatches,
-            seed=spec.train.seed,
+    @functools.cached_property
+    def abstract_teacher(self) -> Params:
+        """The shapes and dtypes of the teacher's parameters, with shardings of the same rules."""
+        assert self.teacher is not None
+        shapes = self.teacher.abstract_params
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            tree_shardings(self.mesh, shapes, self.teacher.axes),
         )
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """The training step, compiled; it takes over its state's buffers, and reads a teacher's parameters third."""
+        spec = self.spec
+
+        def step(state: TrainState, batch: Batch, taught_by: Params | None = None) -> tuple[TrainState, Metrics]:
+            return train_step(
+                state,
+                batch,
+                model=self.model,
+                optimizer=self.optimizer,
+                config=spec.loss,
+                microbatches=spec.train.microbatches,
+                seed=spec.train.seed,
+                teacher=None if self.teacher is None or taught_by is None else Teacher(self.teacher, taught_by),
+            )
+
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+        more = () if self.teacher is None else (self.abstract_teacher,)
         with partitioned(self.mesh):
-            return jitted.lower(self.abstract_state, self.abstract_batch()).compile()
+            return jitted.lower(self.abstract_state, self.abstract_batch(), *more).compile()
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Any], dict[str, Any]]:

@@ -45,6 +45,8 @@ CONFIGURABLES: dict[str, str] = {
     "text_task": "switch_t5.data.tasks:text_task",
     "LossConfig": "switch_t5.training.losses:LossConfig",
     "TrainConfig": "switch_t5.training.loop:TrainConfig",
+    "DistillationConfig": "switch_t5.training.distillation:DistillationConfig",
+    "UpcyclingConfig": "switch_t5.model.upcycling:UpcyclingConfig",
     "DecodingConfig": "switch_t5.inference.config:DecodingConfig",
     "EvaluationConfig": "switch_t5.inference.config:EvaluationConfig",
     "CheckpointConfig": "switch_t5.checkpoint.manager:CheckpointConfig",

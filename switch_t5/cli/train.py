@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 from switch_t5.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from jax.stages import Compiled
-
     from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import Run
     from switch_t5.cli.configuration import Configuration
     from switch_t5.data.pipeline import BatchIterator
     from switch_t5.training.loop import Recorder
     from switch_t5.training.state import TrainState
+    from switch_t5.training.step import Metrics
+    from switch_t5.types import Batch
+
+    StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 MAY_CHANGE = (
     "TrainConfig.model_dir",
@@ -83,12 +85,13 @@ def run(args: argparse.Namespace) -> int:
     return stop.exit_code
 
 
-def _prepare(configuration: Configuration, run: Run) -> tuple[Compiled, BatchIterator]:
+def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, BatchIterator]:
     """Compiles the step in a thread and opens the data beside it: both take seconds.
 
     Raises:
-      UserError: the data cannot be used; nothing was written.
+      UserError: the data or the teacher cannot be used; nothing was written.
     """
+    from switch_t5.cli.trained import load_teacher
     from switch_t5.data.pipeline import BatchIterator
 
     pool = ThreadPoolExecutor(1)
@@ -100,7 +103,10 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[Compiled, BatchIte
             if run.spec.train.eval_batches:
                 _ = run.evaluation_batches
             _ = run.scorer
-            return compiled.result(), batches
+            teacher = load_teacher(run)
+            step_fn = compiled.result()
+            # The teacher's parameters are given at each step, which only reads them.
+            return step_fn if teacher is None else lambda state, batch: step_fn(state, batch, teacher), batches
     finally:
         # A mistake in the data is told at once, and not after the compilation.
         pool.shutdown(wait=False)
@@ -151,11 +157,15 @@ def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -
         restored = checkpointer.restore(run.abstract_state)
         batches.set_state(restored.data_state)
         return restored.state
-    from switch_t5.cli.trained import load_params, load_state
+    from switch_t5.cli.trained import load_params, load_state, student_state, upcycled_state
 
-    path = run.spec.train.initial_checkpoint_path
+    path, distillation = run.spec.train.initial_checkpoint_path, run.spec.train.distillation
+    if distillation is not None and distillation.initialize_student:
+        return student_state(run, distillation.checkpoint_path)
     if path is None:
         return run.init_state()
+    if run.spec.train.upcycling is not None:
+        return upcycled_state(run, path, run.spec.train.upcycling)
     if run.spec.train.initial_checkpoint_optimizer:
         return load_state(run, path)
     params, _ = load_params(run, path)

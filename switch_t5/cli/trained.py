@@ -12,15 +12,38 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from switch_t5.cli.build import Run
+    from switch_t5.model.config import TransformerConfig
+    from switch_t5.model.upcycling import UpcyclingConfig
     from switch_t5.training.state import TrainState
     from switch_t5.types import Params
 
 
 def load_params(run: Run, path: str) -> tuple[Params, int]:
+    """The parameters of a run's model out of a checkpoint, see :func:`load_model`."""
+    return load_model(run.spec.transformer, run.abstract_state.params, path)
+
+
+def load_teacher(run: Run) -> Params | None:
+    """The parameters of a run's teacher, on the run's mesh; None for a run without.
+
+    Raises:
+      UserError: its checkpoint is missing, damaged or of another model.
+    """
+    distillation = run.spec.train.distillation
+    if run.teacher is None or distillation is None:
+        return None
+    try:
+        return load_model(run.teacher.config, run.abstract_teacher, distillation.checkpoint_path)[0]
+    except UserError as error:
+        raise UserError(f"DistillationConfig.checkpoint_path: {error}") from error
+
+
+def load_model(config: TransformerConfig, abstract_params: Params, path: str) -> tuple[Params, int]:
     """The parameters of a checkpoint of any format, and their step (0 where the format does not say).
 
     Args:
-      run: for its model and mesh.
+      config: their model.
+      abstract_params: their shapes and dtypes, with shardings.
       path: see :func:`switch_t5.checkpoint.formats.format_of`; of a run of ours, its newest checkpoint.
     """
     from switch_t5.checkpoint import load
@@ -31,9 +54,9 @@ def load_params(run: Run, path: str) -> tuple[Params, int]:
         model_dir, step = locate_checkpoint(path)
         with Checkpointer(model_dir, read_only=True) as source:
             # A model scanned here and not there is read as another format would be; sparse attention, say, is not.
-            if source.fits("params", run.abstract_state.params, step) or not load.is_known(path):
-                return source.restore_part("params", run.abstract_state.params, step), step
-    loaded = load.load_params(path, run.spec.transformer, run.abstract_state.params)
+            if source.fits("params", abstract_params, step) or not load.is_known(path):
+                return source.restore_part("params", abstract_params, step), step
+    loaded = load.load_params(path, config, abstract_params)
     return loaded.params, loaded.step or 0
 
 
@@ -48,6 +71,26 @@ def load_state(run: Run, path: str) -> TrainState:
         with Checkpointer(model_dir, read_only=True) as source:
             return source.restore_part("", run.abstract_state, step)
     return load.load_state(path, run.spec.transformer, run.abstract_state)
+
+
+def upcycled_state(run: Run, path: str, upcycling: UpcyclingConfig) -> TrainState:
+    """The start of a sparse model from a dense checkpoint, see :mod:`switch_t5.checkpoint.upcycling`."""
+    from switch_t5.checkpoint.upcycling import upcycle
+
+    whole = run.spec.train.initial_checkpoint_optimizer
+    abstract = run.abstract_state if whole else {"params": run.abstract_state.params}
+    made = upcycle(path, run.spec.transformer, upcycling, abstract, run.new_params, optimizer=whole)
+    return made if whole else run.with_params(made["params"])
+
+
+def student_state(run: Run, path: str) -> TrainState:
+    """The start of a dense student from its teacher's checkpoint, see :mod:`switch_t5.checkpoint.student`."""
+    from switch_t5.checkpoint.student import start_student
+
+    try:
+        return run.with_params(start_student(path, run.spec.transformer, run.init_state().params))
+    except UserError as error:
+        raise UserError(f"DistillationConfig.checkpoint_path: {error}") from error
 
 
 def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> Run:

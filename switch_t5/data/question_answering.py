@@ -6,7 +6,6 @@ SQuAD's text is T5's. For ARC, Winogrande and ANLI no T5 code is published: thei
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,13 +28,15 @@ _ANLI = ("entailment", "neutral", "contradiction")
 _TRAIN_VALIDATION = {"train": "train", "validation": "validation"}
 
 
+_SPACES = re.compile(r"[\t\n\f\r ]+")
+
+
 def padded_punctuation(text: str) -> str:
-    """Spaces around all but letters, marks, numbers, ``_`` and spaces, and none twice, as T5 writes SQuAD."""
+    """Spaces around all but ASCII letters, digits and ``_``, and none twice, as T5 writes SQuAD.
 
-    def pad(match: re.Match[str]) -> str:
-        return match[0] if unicodedata.category(match[0]).startswith("M") else f" {match[0]} "
-
-    return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", pad, text))
+    T5's regular expressions are RE2's, which know the classes of ASCII alone: accented letters are padded too.
+    """
+    return _SPACES.sub(" ", re.sub(r"[^0-9A-Za-z_]", r" \g<0> ", text))
 
 
 def squad_answers(row: Row) -> list[str]:
@@ -46,7 +47,7 @@ def squad_answers(row: Row) -> list[str]:
 def squad(row: Row) -> list[Example]:
     """A question about a paragraph, to its first answer."""
     shown = {key: padded_punctuation(row[key]) for key in ("question", "context")}
-    inputs = f"question: {shown['question']} context: {shown['context']}"
+    inputs = _SPACES.sub(" ", f"question: {shown['question']} context: {shown['context']}")
     return [Example(inputs, (squad_answers(row) or [UNKNOWN])[0], row)]
 
 

@@ -34,6 +34,17 @@ _DETERMINERS = frozenset(
         *("that", "the", "their", "these", "this", "those", "which", "whose", "your"),
     ]
 )
+_MENDED_WSC = {
+    "The boy continued to whip the pony , and eventually the pony threw him over. John laughed out quite loud. "
+    '"Good for him," he said. ': ('"Good for him," he said. ', '"Good for *{}* ," he said.'),
+    "When they had eventually calmed down a bit , and had gotten home, Mr. Farley put the magic pebble in an iron safe "
+    ". Some day they might want to use it , but really for now, what more could they wish for?": (
+        "use it ,",
+        "use *{}* ,",
+    ),
+}
+"""The two texts of WSC whose ``span2_index`` is wrong, and what T5 writes for a part of each, with the pronoun."""
+
 _SENTENCE_HIGHLIGHT = re.compile(r"([.?!\"'])\n@highlight\n")
 
 
@@ -72,15 +83,26 @@ def wsc(row: Row, *, only_true: bool = False) -> list[Example]:
     """
     if only_true and row.get("label") is not None and int(row["label"]) != 1:
         return []
-    words = row["text"].split(" ")
-    words[row["span2_index"]] = f"*{row['span2_text']}*"
-    return [Example("wsc: " + " ".join(words), row["span1_text"], row)]
+    text, pronoun = row["text"], row["span2_text"]
+    if text in _MENDED_WSC:
+        part, mended = _MENDED_WSC[text]
+        starred = text.replace(part, mended.format(pronoun))
+    else:
+        words = text.split(" ")
+        word = words[row["span2_index"]]
+        # Whatever is written at the pronoun, such as a comma, stays.
+        words[row["span2_index"]] = word.replace(pronoun, f"*{pronoun}*", 1) if pronoun in word else f"*{pronoun}*"
+        starred = " ".join(words)
+    return [Example(f"wsc: {starred}", row["span1_text"], row)]
 
 
 def dpr(row: Row) -> list[Example]:
-    """Definite Pronoun Resolution as WSC: the first occurrence of the pronoun is the one in question."""
-    pronoun = re.compile(rf"(?<!\w){re.escape(row['pronoun'])}(?!\w)")
-    starred = pronoun.sub(lambda match: f"*{match[0]}*", row["sentence"], count=1)
+    """Definite Pronoun Resolution as WSC: the first occurrence of the pronoun is the one in question.
+
+    As in T5 it is looked for between a space and a space, full stop or comma; where it is never so, nothing is starred.
+    """
+    pronoun = re.compile(rf" ({re.escape(row['pronoun'])})( |\.|,)")
+    starred = pronoun.sub(r" *\1*\2", row["sentence"], count=1)
     return [Example(f"wsc: {starred}", row["candidates"][int(row["label"])], row)]
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 
 from switch_t5.errors import ConfigError, check_types
+from switch_t5.model.upcycling import UpcyclingConfig
+from switch_t5.training.distillation import DistillationConfig
 from switch_t5.training.graceful_stop import GracefulStop
 from switch_t5.training.metrics_file import MetricsFile
 from switch_t5.training.optimizers import OptimizerFactory
@@ -43,6 +45,8 @@ class TrainConfig:
       initial_checkpoint_path: a checkpoint whose parameters a new run starts from: ours, T5X's or Hugging Face's.
       initial_checkpoint_optimizer: takes over the optimizer's state and the step too, so that the training of that
         checkpoint goes on; the data begin anew.
+      distillation: the teacher of a run that learns from one; None for none.
+      upcycling: how a sparse model is made of the initial checkpoint, a dense one; None takes it as it is.
     """
 
     model_dir: str
@@ -56,6 +60,8 @@ class TrainConfig:
     checkpoint_period: int = 1000
     initial_checkpoint_path: str | None = None
     initial_checkpoint_optimizer: bool = False
+    distillation: DistillationConfig | None = None
+    upcycling: UpcyclingConfig | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -65,6 +71,14 @@ class TrainConfig:
             raise ConfigError(
                 "TrainConfig.initial_checkpoint_optimizer", "has no effect without TrainConfig.initial_checkpoint_path."
             )
+        if self.distillation is not None and self.distillation.initialize_student and self.initial_checkpoint_path:
+            raise ConfigError(
+                "TrainConfig.initial_checkpoint_path",
+                "and DistillationConfig.initialize_student both say what the student starts from: set one of them, "
+                "the other to None or False.",
+            )
+        if self.upcycling is not None and self.initial_checkpoint_path is None:
+            raise ConfigError("TrainConfig.upcycling", "has no effect without TrainConfig.initial_checkpoint_path.")
         for field, least in {
             "train_steps": 1,
             "microbatches": 1,

@@ -24,6 +24,10 @@ class LossConfig:
     """What is minimized.
 
     Attributes:
+      hard_loss_weight: of the cross-entropy with the targets.
+      soft_loss_weight: of the cross-entropy with a teacher's probabilities, see :func:`soft_cross_entropy`; above 0
+        it needs ``TrainConfig.distillation``.
+      temperature: divides the logits of student and teacher in the soft loss.
       label_smoothing: probability spread over the other entries of the vocabulary.
       z_loss: weight of ``logsumexp(logits)^2``.
       load_balance_loss_weight: alpha of eq. 4.
@@ -37,6 +41,9 @@ class LossConfig:
         ``num_total_target_tokens`` (padding counted) or a number.
     """
 
+    hard_loss_weight: float = 1.0
+    soft_loss_weight: float = 0.0
+    temperature: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 1e-4
     load_balance_loss_weight: float = 1e-2
@@ -52,9 +59,15 @@ class LossConfig:
         check_types(self)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError("LossConfig.label_smoothing", f"must be in [0, 1), got {self.label_smoothing}.")
-        for field in ("z_loss", *(f"{name}_weight" for name in ROUTER_LOSSES)):
+        for field in ("hard_loss_weight", "soft_loss_weight", "z_loss", *(f"{name}_weight" for name in ROUTER_LOSSES)):
             if getattr(self, field) < 0:
                 raise ConfigError(f"LossConfig.{field}", f"must not be negative, got {getattr(self, field)}.")
+        if self.temperature <= 0:
+            raise ConfigError("LossConfig.temperature", f"must be above 0, got {self.temperature}.")
+        if not self.hard_loss_weight + self.soft_loss_weight:
+            raise ConfigError(
+                "LossConfig.hard_loss_weight", "and soft_loss_weight are both 0: nothing would be learnt."
+            )
         factor = self.loss_normalizing_factor
         if not isinstance(factor, str) and factor <= 0:
             raise ConfigError("LossConfig.loss_normalizing_factor", f"must be above 0, got {factor}.")
@@ -164,6 +177,40 @@ def cross_entropy(
     return _cross_entropy(
         hidden.reshape(features), output_kernel, targets.reshape(-1), weights.reshape(-1), label_smoothing, z_loss
     )
+
+
+def soft_cross_entropy(
+    hidden: Array, output_kernel: Array, teacher_logits: Array, weights: Array, *, temperature: float = 1.0
+) -> Array:
+    """Summed cross-entropy of a student with a teacher's probabilities, the teacher's entropy included.
+
+    Source: Hinton et al. 2015, section 2: both softmaxes are taken of logits divided by the temperature T, and the loss
+    is multiplied by T^2, so that its gradient is as large as that of the hard loss whatever T is. The teacher takes no
+    gradient.
+
+    Args:
+      hidden: ``[batch, length, embed]``, the student's output before its logits.
+      output_kernel: ``[vocab, embed]`` float32, the student's.
+      teacher_logits: ``[batch, length, vocab]`` float32.
+      weights: ``[batch, length]`` float32; 0 for padding.
+      temperature: T.
+
+    Returns:
+      A float32 scalar in nats.
+
+    Raises:
+      ConfigError: teacher and student differ in vocabulary, or in the length of their targets.
+    """
+    wanted = (*hidden.shape[:2], output_kernel.shape[0])
+    if teacher_logits.shape != wanted:
+        raise ConfigError(
+            "DistillationConfig.teacher",
+            f"gives logits of shape {teacher_logits.shape} (batch, length, vocabulary), and the student {wanted}: both "
+            "must read the same batch with the same vocabulary.",
+        )
+    probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
+    log_probs = jax.nn.log_softmax(logits(hidden, output_kernel) / temperature)
+    return temperature**2 * -jnp.sum(jnp.sum(probs * log_probs, axis=-1) * weights)
 
 
 def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float, float]:

@@ -12,7 +12,15 @@ import optax
 from switch_t5.model.functional import Model
 from switch_t5.model.router_bias import update_router_biases
 from switch_t5.model.transformer import logits
-from switch_t5.training.losses import LossConfig, Totals, batch_totals, cross_entropy, router_loss
+from switch_t5.training.distillation import Teacher, sequences_dealt
+from switch_t5.training.losses import (
+    LossConfig,
+    Totals,
+    batch_totals,
+    cross_entropy,
+    router_loss,
+    soft_cross_entropy,
+)
 from switch_t5.training.state import TrainState
 from switch_t5.types import Array, Batch, Params
 
@@ -28,6 +36,7 @@ def train_step(
     config: LossConfig,
     microbatches: int = 1,
     seed: int = 0,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update. Its randomness is a function of the seed and the step alone.
 
@@ -39,13 +48,14 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss(params: Params, batch: Batch, rng: Array) -> tuple[Array, Metrics]:
-        return batch_loss(params, batch, rng, totals, model=model, config=config)
+        taught = None if teacher is None else teacher.logits(batch)
+        return batch_loss(params, batch, rng, totals, model=model, config=config, teacher_logits=taught)
 
     gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
         grads, metrics = gradient(state.params, batch, rng)
     else:
-        sequences = model.config.sequences_per_group(batch["encoder_input_tokens"].shape[1])
+        sequences = sequences_dealt(batch["encoder_input_tokens"].shape[1], model, teacher)
         grads, metrics = accumulate(gradient, state.params, batch, rng, microbatches, sequences)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -55,9 +65,19 @@ def train_step(
 
 
 def batch_loss(
-    params: Params, batch: Batch, rng: Array | None, totals: Totals, *, model: Model, config: LossConfig
+    params: Params,
+    batch: Batch,
+    rng: Array | None,
+    totals: Totals,
+    *,
+    model: Model,
+    config: LossConfig,
+    teacher_logits: Array | None = None,
 ) -> tuple[Array, Metrics]:
-    """The share of a (micro)batch in the loss of the whole batch that ``totals`` describes."""
+    """The share of a (micro)batch in the loss of the whole batch that ``totals`` describes.
+
+    With ``teacher_logits`` ``[batch, length, vocab]`` it has a soft part too.
+    """
     module = model.bind(params)
     hidden, stats = module(batch, train=rng is not None, rng=rng)
     nats, z_loss = cross_entropy(
@@ -71,7 +91,14 @@ def batch_loss(
     parts = {"cross_entropy": nats / totals.normalizer, "z_loss": z_loss / totals.normalizer}
     router = router_loss(stats, totals, config)
     weighted = (getattr(config, f"{name}_weight") * value for name, value in router.items())
-    loss = sum(weighted, parts["cross_entropy"] + parts["z_loss"])
+    loss = sum(weighted, config.hard_loss_weight * parts["cross_entropy"] + parts["z_loss"])
+    if teacher_logits is not None:
+        weights = batch["decoder_loss_weights"]
+        soft = soft_cross_entropy(
+            hidden, module.output_kernel(), teacher_logits, weights, temperature=config.temperature
+        )
+        parts["soft_cross_entropy"] = soft / totals.normalizer
+        loss += config.soft_loss_weight * parts["soft_cross_entropy"]
     return loss, {"loss": loss, **parts, **router, "router": stats.stacks()}
 
 

@@ -31,6 +31,8 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*PRETRAIN, "MIXTURE_OR_TASK_NAME=super_glue_boolq_v102", "INITIAL_CHECKPOINT_PATH=/tmp/pretrained"),
     ),
     "finetune_superglue": (("models/switch_base_e8.gin",), (*PRETRAIN, "INITIAL_CHECKPOINT_PATH=/tmp/pretrained")),
+    "distill": (("models/switch_base_e8.gin",), (*PRETRAIN, "TEACHER_CHECKPOINT_PATH=/tmp/teacher")),
+    "upcycle": (("models/switch_base_e8.gin",), (*PRETRAIN, "INITIAL_CHECKPOINT_PATH=/tmp/dense")),
     "eval": ((), ()),
     "infer": ((), ()),
 }
@@ -274,3 +276,24 @@ def test_a_mistake_in_sparse_attention_is_told_in_one_sentence(flags: tuple[str,
 def test_a_router_that_a_decoder_cannot_have_is_refused_where_it_was_set(load: Load):
     with pytest.raises(UserError, match=r"RouterConfig\.router cannot serve a decoder.*set by --gin\.RouterConfig"):
         load("runs/quickstart.gin", bindings=(MODEL_DIR, "RouterConfig.router='sinkhorn'")).get("TransformerConfig")
+
+
+def test_a_task_after_distillation_or_upcycling_keeps_the_start_and_brings_its_own_data(load: Load):
+    task = (*PRETRAIN, "MIXTURE_OR_TASK_NAME=super_glue_boolq_v102")
+    models = ("models/switch_base_e8.gin",)
+    taught = (*task, "TEACHER_CHECKPOINT_PATH=/tmp/teacher")
+    flags = {
+        "distill": (*taught, "INITIAL_CHECKPOINT_PATH=None"),
+        "distill, pre-trained": (*taught, "INITIALIZE_STUDENT=False", "INITIAL_CHECKPOINT_PATH=/tmp/dense"),
+        "upcycle": (*task, "INITIAL_CHECKPOINT_PATH=/tmp/dense", "INITIAL_CHECKPOINT_OPTIMIZER=False"),
+    }
+    for name, bindings in flags.items():
+        files = (*models, f"runs/{name.partition(',')[0]}.gin", "runs/finetune.gin")
+        configuration = load(*files, bindings=bindings)
+        configuration.check_flags_have_effect(USED)
+        spec = RunSpec.read(configuration)
+        assert spec.data.task_feature_lengths == {"inputs": 512, "targets": 62}
+        assert spec.transformer.dropout_rate == 0.1
+        assert (spec.train.upcycling is not None) == (name == "upcycle")
+        assert (spec.train.distillation is not None) == (spec.transformer.moe is None) == (name != "upcycle")
+        assert spec.loss.soft_loss_weight == (0 if name == "upcycle" else 0.25)

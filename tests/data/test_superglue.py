@@ -116,6 +116,53 @@ def test_wsc_stars_its_pronoun_and_trains_on_true_candidates() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "index", "pronoun", "starred"),
+    [
+        ("Ann  saw Bob , but he ran .", 6, "he", "Ann  saw Bob , but *he* ran ."),
+        ("Ann saw Bob before he, too, ran.", 4, "he", "Ann saw Bob before *he*, too, ran."),
+        (
+            "The boy continued to whip the pony , and eventually the pony threw him over. John laughed out quite loud. "
+            '"Good for him," he said. ',
+            23,
+            "him",
+            "The boy continued to whip the pony , and eventually the pony threw him over. John laughed out quite loud. "
+            '"Good for *him* ," he said.',
+        ),
+        (
+            "When they had eventually calmed down a bit , and had gotten home, Mr. Farley put the magic pebble in an "
+            "iron safe . Some day they might want to use it , but really for now, what more could they wish for?",
+            29,
+            "it",
+            "When they had eventually calmed down a bit , and had gotten home, Mr. Farley put the magic pebble in an "
+            "iron safe . Some day they might want to use *it* , but really for now, what more could they wish for?",
+        ),
+    ],
+    ids=["two spaces", "a comma at the pronoun", "a text that T5 mends", "an index that T5 mends"],
+)
+def test_wsc_texts_are_t5s_where_words_and_index_are_odd(text: str, index: int, pronoun: str, starred: str) -> None:
+    row = WSC | {"text": text, "span2_index": index, "span2_text": pronoun}
+    (example,) = get_task("super_glue_wsc_v102_simple_eval").examples(row)
+    assert example.inputs == f"wsc: {starred}"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "starred"),
+    [
+        ("Bob asked Tom if he can lend him money, he said.", "Bob asked Tom if *he* can lend him money, he said."),
+        ("Bob saw what Tom knew, he, not Ann.", "Bob saw what Tom knew, *he*, not Ann."),
+        ("he left Bob and he.", "he left Bob and *he*."),
+        ("Bob says he's sure that he ran.", "Bob says he's sure that *he* ran."),
+        ("Is Bob who he? No, the shepherd.", "Is Bob who he? No, the shepherd."),
+    ],
+    ids=["the first", "before a comma", "not at the start", "not before an apostrophe", "not before a question mark"],
+)
+def test_dpr_stars_the_first_pronoun_that_t5_sees(sentence: str, starred: str) -> None:
+    row = {"sentence": sentence, "pronoun": "he", "candidates": ["Bob", "Tom"], "label": 0}
+    (example,) = get_task("dpr_v001_simple").examples(row)
+    assert (example.inputs, example.targets) == (f"wsc: {starred}", "Bob")
+
+
+@pytest.mark.parametrize(
     ("candidate", "prediction", "same"),
     [
         ("Bob Smith", "Smith", True),

@@ -27,7 +27,7 @@ TEXTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "glue_rte_v002": (PAIR | {"label": 1}, "rte sentence1: A. sentence2: B.", "not_entailment"),
     "squad_v010_allanswers": (
         {"question": "Who?", "context": "It's Ann.", "answers": {"text": ["Ann.", "Ann"], "answer_start": [5, 5]}},
-        "question: Who ?  context: It ' s Ann . ",
+        "question: Who ? context: It ' s Ann . ",
         "Ann . ",
     ),
     "anli_r3": ({"premise": "A", "hypothesis": "B", "label": 2}, "anli hypothesis: B premise: A", "contradiction"),
@@ -98,6 +98,7 @@ def test_squads_answers_are_normalized() -> None:
     assert normalized("The  Cat's, a hat!") == "cats hat"
     assert word_f1("the old cat", "old dog") == 0.5
     assert padded_punctuation("a_b, c-d") == "a_b , c - d"
+    assert padded_punctuation("Caf\u00e9 \u2013 5\n%\u00a0x") == "Caf \u00e9 \u2013 5 % \u00a0 x"
     row = TEXTS["squad_v010_allanswers"][0]
     assert scores("squad_v010_allanswers", [row], ["the ann"]) == {"em": 100, "f1": 100}
 

@@ -1,0 +1,154 @@
+"""A run's first state from another run's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from switch_t5.checkpoint import naming
+from switch_t5.checkpoint.manager import Checkpointer
+from switch_t5.cli.build import Run, RunSpec
+from switch_t5.cli.configuration import Configuration
+from switch_t5.cli.trained import load_teacher, student_state, upcycled_state
+from switch_t5.errors import ConfigError, UserError
+from switch_t5.model.upcycling import UpcyclingConfig
+from switch_t5.training.state import TrainState
+from tests.integration.conftest import TINY
+from tests.model.small import examples, packed, unpacked
+
+UPCYCLED = (
+    "MoEConfig.router=@RouterConfig()",
+    "MoEConfig.dispatch=dropless",
+    "RouterConfig.num_selected_experts=2",
+    "RouterConfig.renormalize_weights=True",
+    "TrainConfig.upcycling=@UpcyclingConfig()",
+    "TrainConfig.initial_checkpoint_path=unused",
+)
+
+
+def run_of(*settings: str) -> Run:
+    configuration = Configuration.load([str(TINY)], ("MODEL_DIR=unused", "TEXTS=unused", *settings))
+    return Run(RunSpec.read(configuration))
+
+
+def nats(run: Run, params: object) -> float:
+    """The held-out loss of a batch, per token."""
+    pairs = [(30 - 3 * row, 3 + row) for row in range(8)]
+    batch = unpacked(examples(pairs, vocab_size=384), 32, 16)
+    sums = run.eval_step(params, run.place({name: np.asarray(value) for name, value in batch.items()}))  # pyright: ignore[reportArgumentType]
+    return float(sums["nats"] / sums["tokens"])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A dense run's folder, and its loss."""
+    run, folder = run_of("TransformerConfig.moe=None"), tmp_path_factory.mktemp("dense")
+    state = run.init_state()
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(3, state, b"")
+    return folder, nats(run, state.params)
+
+
+@pytest.mark.multidevice
+def test_an_upcycled_run_begins_on_its_mesh_at_the_dense_loss_with_the_routers_of_its_configuration(dense) -> None:
+    folder, dense_loss = dense
+    run = run_of(*UPCYCLED)
+    state = upcycled_state(run, str(folder), UpcyclingConfig())
+    assert int(state.step) == 0
+    assert nats(run, state.params) == pytest.approx(dense_loss, rel=1e-5)
+    drawn = naming.named_leaves(run.init_state().params)
+    made = naming.named_leaves(state.params)
+    routers = [name for name in made if name.endswith("router")]
+    assert len(routers) == 2
+    for name in routers:
+        np.testing.assert_array_equal(made[name], drawn[name])
+    for leaf, wanted in zip(jax.tree.leaves(state.params), jax.tree.leaves(run.abstract_state.params), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+
+
+def test_an_upcycling_without_sparse_layers_or_without_a_checkpoint_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"this model has none: give TransformerConfig\.moe, or set None\."):
+        run_of(*UPCYCLED, "TransformerConfig.moe=None")
+    with pytest.raises(ConfigError, match=r"upcycling has no effect without TrainConfig\.initial_checkpoint_path"):
+        run_of(*UPCYCLED, "TrainConfig.initial_checkpoint_path=None")
+
+
+DISTILLED = (
+    "TransformerConfig.moe=None",
+    "teacher/TransformerConfig.moe=@MoEConfig()",
+    "DistillationConfig.teacher=@teacher/TransformerConfig()",
+    "TrainConfig.distillation=@DistillationConfig()",
+)
+
+
+def tokens() -> dict[str, np.ndarray]:
+    """A training batch, packed as the data pipeline would."""
+    content = [[example] for example in examples([(30 - 3 * row, 3 + row) for row in range(8)], vocab_size=384)]
+    return {name: np.asarray(value) for name, value in packed(content, 32, 16).items()}
+
+
+@pytest.fixture(scope="module")
+def taught_by(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainState]:
+    """A teacher's folder, and what it holds."""
+    run, folder = run_of("TrainConfig.seed=5"), tmp_path_factory.mktemp("teacher")
+    state = run.init_state()
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(3, state, b"")
+    return str(folder), state
+
+
+@pytest.mark.multidevice
+def test_a_step_reads_the_teacher_on_the_same_mesh_and_leaves_it_as_it_is(taught_by) -> None:
+    folder, teacher_state = taught_by
+    mixture = ("LossConfig.hard_loss_weight=0.75", "LossConfig.soft_loss_weight=0.25")
+    run = run_of(*DISTILLED, *mixture, f"DistillationConfig.checkpoint_path={folder}")
+    teacher = load_teacher(run)
+    assert teacher is not None
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(teacher)]
+    step, state = run.compile_train_step(), run.init_state()
+    state, _ = step(state, run.place(tokens()), teacher)
+    state, metrics = step(state, run.place(tokens()), teacher)
+    assert 0 < float(metrics["soft_cross_entropy"]) != float(metrics["cross_entropy"])
+    for was, leaf, saved in zip(before, jax.tree.leaves(teacher), jax.tree.leaves(teacher_state.params), strict=True):
+        np.testing.assert_array_equal(leaf, was)
+        np.testing.assert_array_equal(leaf, saved)
+        assert leaf.sharding.is_equivalent_to(saved.sharding, leaf.ndim)
+
+
+@pytest.mark.multidevice
+def test_a_soft_weight_of_zero_is_bitwise_plain_training_from_the_teachers_weights(taught_by) -> None:
+    folder, teacher_state = taught_by
+    start = ("DistillationConfig.initialize_student=True", f"DistillationConfig.checkpoint_path={folder}")
+    run, plain = run_of(*DISTILLED, *start), run_of("TransformerConfig.moe=None")
+    assert (run.teacher, load_teacher(run)) == (None, None)
+    state = student_state(run, folder)
+    taught, own = (naming.named_leaves(tree) for tree in (teacher_state.params, state.params))
+    for name in set(taught) & set(own):
+        np.testing.assert_array_equal(own[name], taught[name])
+    copy = plain.with_params(jax.tree.map(lambda leaf: leaf + 0, state.params))
+    after, metrics = run.compile_train_step()(state, run.place(tokens()))
+    wanted, plain_metrics = plain.compile_train_step()(copy, plain.place(tokens()))
+    assert metrics["loss"] == plain_metrics["loss"]
+    assert set(metrics) == set(plain_metrics)
+    jax.tree.map(np.testing.assert_array_equal, after.params, wanted.params)
+
+
+def test_mistakes_about_a_teacher_are_one_sentence(tmp_path) -> None:
+    path = "DistillationConfig.checkpoint_path=/no/teacher"
+    with pytest.raises(UserError, match=r"^DistillationConfig\.checkpoint_path: /no/teacher does not exist: name a "):
+        load_teacher(run_of(*DISTILLED, path, "LossConfig.soft_loss_weight=0.25"))
+    with pytest.raises(UserError, match=r"^DistillationConfig\.checkpoint_path: /no/teacher does not exist: name a "):
+        student_state(run_of(*DISTILLED, path, "DistillationConfig.initialize_student=True"), "/no/teacher")
+    with pytest.raises(ConfigError, match=r"soft_loss_weight is 0\.25, but there is no teacher: give TrainConfig\."):
+        run_of("LossConfig.soft_loss_weight=0.25")
+    with pytest.raises(ConfigError, match="has a vocabulary of 512 entries and the student one of 384"):
+        run_of(*DISTILLED, path, "LossConfig.soft_loss_weight=0.25", "teacher/TransformerConfig.vocab_size=512")
+    with pytest.raises(ConfigError, match=r"and DistillationConfig\.initialize_student both say"):
+        run_of(
+            *DISTILLED, path, "DistillationConfig.initialize_student=True", "TrainConfig.initial_checkpoint_path=/one"
+        )
+    with pytest.raises(ConfigError, match=r"group_size is 96, 3 sequences of 32 tokens"):
+        run_of(*DISTILLED, path, "LossConfig.soft_loss_weight=0.25", "MoEConfig.group_size=96", "BATCH_SIZE=8")
