@@ -116,6 +116,18 @@ class Configuration:
         check(reader.bindings, catalogue, scopes)
         return cls(reader.bindings, catalogue)
 
+    @classmethod
+    def names_set(cls, gin_files: Sequence[str], search_paths: Sequence[str] = ()) -> set[str]:
+        """Returns the macros and configurables that files set, unchecked: to know what they leave to a command.
+
+        Raises:
+          UserError: a file is not there, or not gin's language.
+        """
+        reader = _Reader(search_paths, Catalogue(CONFIGURABLES))
+        for name in gin_files:
+            reader.read_file(name, asked="--gin_file")
+        return {binding.name for binding in reader.bindings.said}
+
     def get(self, name: str, **arguments: Any) -> Any:
         """Builds a configurable.
 

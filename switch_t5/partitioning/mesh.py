@@ -71,7 +71,8 @@ def make_mesh(
             f"partitions, which do not divide {wanted} devices; the nearest product that does is {usable}.",
         )
     shape = (wanted // partitions, config.num_expert_partitions, config.num_model_partitions)
-    return Mesh(mesh_utils.create_device_mesh(shape, devices), MESH_AXES)
+    # On a torus an axis may be a part of a physical one: 4 x 32 x 2 on 16 x 16.
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:

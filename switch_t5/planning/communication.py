@@ -1,0 +1,173 @@
+"""Bytes that one device sends in a training step, by mesh axis and collective, and the least that would do.
+
+A collective over n devices of an array of so many bytes a device sends, at best and as rings do it: an all-reduce
+2 (n - 1) / n of them, an all-gather or reduce-scatter (n - 1) / n of the whole, an all-to-all (n - 1) / n (Chan et al.
+2007, "Collective communication: theory, practice, and experience").
+
+``sent`` is what this package's step sends. ``minimum`` is what its strategy of parallelism must send: each gradient
+summed once, tokens to their experts and back in both passes without recomputation and within the capacity factor,
+and one sum over the model axis for each of a block's parts and passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+from switch_t5.planning.sizes import Block, SparseLayer, blocks
+from switch_t5.planning.workload import MeshShape, Workload, shard_bytes, sharded_over
+
+FLOAT32 = 4
+
+_VOCABULARY_USES = 3
+"""Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What one purpose sends.
+
+    Attributes:
+      axis: the mesh axis, or ``data+expert`` for both.
+      collective: its name in HLO.
+      purpose: what for.
+      sent: bytes from one device in a step.
+      minimum: the least bytes.
+    """
+
+    axis: str
+    collective: str
+    purpose: str
+    sent: float
+    minimum: float
+
+
+def ring_bytes(collective: str, size: int, nbytes: float) -> float:
+    """Bytes that a device sends in a collective.
+
+    Args:
+      collective: its name in HLO.
+      size: devices that take part.
+      nbytes: of the whole array: what an all-reduce or all-to-all takes and gives, what an all-gather gives, what a
+        reduce-scatter takes; what a collective-permute passes on.
+    """
+    if size == 1:
+        return 0.0
+    if collective == "collective-permute":
+        return nbytes
+    return nbytes * (size - 1) / size * (2 if collective == "all-reduce" else 1)
+
+
+def transfers(workload: Workload, mesh: MeshShape) -> list[Transfer]:
+    """All that a step sends, the same purposes joined; purposes that send nothing are left out."""
+    joined: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for one in _all(workload, mesh):
+        sums = joined[one.axis, one.collective, one.purpose]
+        sums[0] += one.sent
+        sums[1] += one.minimum
+    return [Transfer(*key, *sums) for key, sums in joined.items() if sums[0]]
+
+
+def _all(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    yield from _gradients(workload, mesh)
+    yield from _position_biases(workload, mesh)
+    for block in blocks(workload, mesh):
+        for layer in block.sparse_layers:
+            yield from _exchanges(layer, block, workload, mesh)
+        if mesh.model > 1:
+            yield from _model_sums(block, workload, mesh)
+    if mesh.model > 1:
+        yield from _vocabulary_sums(workload, mesh)
+
+
+def _summed(size: int, axis: str, purpose: str, sent: float, minimum: float) -> Transfer:
+    return Transfer(
+        axis, "all-reduce", purpose, ring_bytes("all-reduce", size, sent), ring_bytes("all-reduce", size, minimum)
+    )
+
+
+def _gradients(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    """Sums over the devices that hold the same part of a parameter and saw other sequences."""
+    tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
+    for kind, number, name in workload.params.kinds:
+        is_expert = "expert" in sharded_over(kind)
+        size, axis = (mesh.data, "data") if is_expert else (mesh.batch_shards, _batch_axis(mesh))
+        one = shard_bytes(kind, mesh, name)
+        # Each use's gradient of the embedding is summed before they are added.
+        times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/")
+        purpose = "gradients of experts" if is_expert else "gradients of dense layers"
+        yield _summed(size, axis, purpose, one * times * workload.microbatches, one * number)
+
+
+def _batch_axis(mesh: MeshShape) -> str:
+    if mesh.data == 1:
+        return "expert"
+    return "data" if mesh.expert == 1 else "data+expert"
+
+
+def _position_biases(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    """Gradients ``[heads, length, length]`` of position biases, which each layer sums before anything is added."""
+    config = workload.config
+    for decoder, layers in ((False, config.num_encoder_layers), (True, config.num_decoder_layers)):
+        length = workload.length(decoder=decoder)
+        nbytes = layers * workload.microbatches * config.num_heads / mesh.model * length * length * FLOAT32
+        yield _summed(mesh.batch_shards, _batch_axis(mesh), "gradients of position biases", nbytes, 0)
+
+
+def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    """Tokens to experts and back; a pass back in the backward pass, and one more forward where it is recomputed."""
+    size, passes = mesh.expert, 2 + workload.config.remat
+    row = (layer.into + layer.out) * workload.itemsize
+    minimum = ring_bytes("all-to-all", size, 2 * layer.choices * row)
+    if layer.moe.dispatch != "dropless":
+        sent = ring_bytes("all-to-all", size, passes * layer.slots * row)
+        yield Transfer("expert", "all-to-all", "tokens to experts and back", sent, minimum)
+        return
+    for collective, entries, least in (("all-gather", layer.into, minimum), ("reduce-scatter", layer.out, 0.0)):
+        nbytes = passes * size * block.tokens * entries * workload.itemsize
+        sent = ring_bytes(collective, size, nbytes)
+        yield Transfer("expert", collective, "tokens gathered for experts, sums dealt out", sent, least)
+
+
+def _model_sums(block: Block, workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    """Partial sums of outputs, and of the gradients of inputs, of what is split over the model axis."""
+    row = workload.config.emb_dim * workload.itemsize
+    stream, again = block.tokens * row, 1 + workload.config.remat
+
+    def summed(purpose: str, sent: float, minimum: float) -> Transfer:
+        return _summed(mesh.model, "model", purpose, sent, minimum)
+
+    into = block.dense_projections
+    outward = stream * block.dense_out
+    yield summed("attention", again * outward + into * stream, outward + stream * (into > 0))
+    if block.memory_tokens:
+        sent = (again + 1) * stream + 2 * block.memory_tokens * row
+        yield summed("cross-attention", sent, 2 * stream)
+    if block.feed_forward is None or block.feed_forward.moe.num_shared_experts:
+        # A recomputation leaves out the last product of a dense feed-forward, and of no other.
+        forward = 1 if block.feed_forward is None else again
+        branches = len(workload.config.mlp_activations)
+        yield summed("feed-forward", (forward + branches) * stream, 2 * stream)
+    for layer in block.sparse_layers:
+        outward = layer.slots * layer.out * workload.itemsize * layer.sums_out
+        inward = layer.products * layer.slots * layer.into * workload.itemsize
+        least = stream * layer.moe.router.experts_per_token
+        yield summed("experts", again * outward + inward, least * (layer.sums_out + (layer.products > 0)))
+
+
+def _vocabulary_sums(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    """Rows of a split embedding, logarithms of sums over a split vocabulary, and the gradient of what met it."""
+    emb, shards = workload.config.emb_dim, mesh.batch_shards
+    embedded = workload.tokens / shards * emb * FLOAT32
+    yield _summed(mesh.model, "model", "embedding", embedded, embedded / FLOAT32 * workload.itemsize)
+    targets = workload.batch * workload.decoder_length / shards
+    # A maximum, a sum and the target's own logit, whose row of the output's kernel is gathered whole.
+    sent = targets * (2 + 2 * emb) * FLOAT32
+    yield _summed(mesh.model, "model", "logits", sent, targets * (3 + emb) * FLOAT32)
+
+
+def total_sent(found: list[Transfer]) -> float:
+    """Bytes that a device sends in a step."""
+    return math.fsum(one.sent for one in found)

@@ -1,0 +1,117 @@
+"""Bytes on the wire, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.planning.communication import Transfer, ring_bytes, total_sent, transfers
+from switch_t5.planning.workload import MeshShape
+from tests.planning.workloads import BATCH, INPUTS, TARGETS, small_config, workload_of
+
+
+def by_purpose(mesh: MeshShape, **changes) -> dict[str, Transfer]:
+    return {one.purpose: one for one in transfers(workload_of(small_config(**changes)), mesh)}
+
+
+def test_rings_send_what_they_must():
+    assert ring_bytes("all-reduce", 4, 100) == 150
+    assert ring_bytes("all-gather", 4, 100) == ring_bytes("all-to-all", 4, 100) == 75
+    assert ring_bytes("collective-permute", 4, 100) == 100
+    assert ring_bytes("all-reduce", 1, 100) == 0
+
+
+def test_one_device_sends_nothing():
+    assert transfers(workload_of(small_config()), MeshShape(1, 1, 1)) == []
+
+
+def test_tokens_go_to_their_experts_and_back_in_both_passes():
+    sent = by_purpose(MeshShape(2, 4, 1))["tokens to experts and back"]
+    slots = BATCH // 8 * 4 * (10 + 5)  # of a device's sequences
+    assert (sent.axis, sent.collective) == ("expert", "all-to-all")
+    assert sent.sent == slots * 16 * 4 * 2 * 2 * 3 / 4
+    # Capacity 1.25 of 48 tokens, where no group rounds: as many.
+    assert sent.minimum == sent.sent
+    again = by_purpose(MeshShape(2, 4, 1), remat=True)["tokens to experts and back"]
+    assert (again.sent, again.minimum) == (1.5 * sent.sent, sent.minimum)
+
+
+def test_rounding_of_slots_is_beyond_the_least():
+    moe = MoEConfig(4, group_size=32, min_expert_capacity=8)
+    sent = by_purpose(MeshShape(2, 4, 1), moe=moe)["tokens to experts and back"]
+    assert sent.sent / sent.minimum == (10 + 8) / (10 + 5)
+
+
+def test_gradients_are_summed_over_devices_with_the_same_part():
+    found = by_purpose(MeshShape(2, 4, 1))
+    experts, dense = found["gradients of experts"], found["gradients of dense layers"]
+    assert (experts.axis, dense.axis) == ("data", "data+expert")
+    assert experts.sent == experts.minimum == ring_bytes("all-reduce", 2, 2 * 1 * 2 * 16 * 32 * 4)
+    params = workload_of(small_config()).params.nbytes - 2 * 4 * 2 * 16 * 32 * 4
+    assert dense.minimum == pytest.approx(ring_bytes("all-reduce", 8, params))
+    # Each of the embedding's three uses has a gradient of its own.
+    assert dense.sent - dense.minimum == pytest.approx(ring_bytes("all-reduce", 8, 2 * 384 * 16 * 4))
+    untied = by_purpose(MeshShape(2, 4, 1), tied_logits=False)["gradients of dense layers"]
+    assert untied.sent == dense.sent
+
+
+def test_where_experts_are_whole_everywhere_they_are_summed_as_others():
+    found = by_purpose(MeshShape(8, 1, 1))
+    assert found["gradients of experts"].axis == found["gradients of dense layers"].axis == "data"
+    assert found["gradients of experts"].minimum == ring_bytes("all-reduce", 8, 2 * 4 * 2 * 16 * 32 * 4)
+    assert "tokens to experts and back" not in found
+
+
+def test_position_biases_are_summed_in_each_layer():
+    sent = by_purpose(MeshShape(8, 1, 1))["gradients of position biases"]
+    assert (sent.minimum, sent.sent) == (0, ring_bytes("all-reduce", 8, 2 * (INPUTS**2 + TARGETS**2) * 2 * 4))
+
+
+def test_what_is_split_over_the_model_axis_is_summed_over_it():
+    found = by_purpose(MeshShape(4, 1, 2), moe=None)
+    row = 16 * 4 * BATCH // 4
+    both = row * (INPUTS + TARGETS)
+    # Of each of two layers the output, and the gradients of queries, keys and values.
+    assert found["attention"].sent == ring_bytes("all-reduce", 2, 2 * 4 * both)
+    assert found["attention"].minimum == ring_bytes("all-reduce", 2, 2 * 2 * both)
+    assert found["feed-forward"].sent == found["feed-forward"].minimum == ring_bytes("all-reduce", 2, 2 * 2 * both)
+    cross = 2 * (2 * row * TARGETS + 2 * row * INPUTS)
+    assert found["cross-attention"].sent == ring_bytes("all-reduce", 2, cross)
+    assert all(one.axis == "model" for name, one in found.items() if not name.startswith("gradients"))
+
+
+def test_without_capacity_tokens_are_gathered_and_sums_dealt_out():
+    moe = MoEConfig(4, group_size=32, dispatch="dropless")
+    found = transfers(workload_of(small_config(moe=moe)), MeshShape(2, 4, 1))
+    sent = {one.collective: one.sent for one in found if one.axis == "expert"}
+    tokens = BATCH // 8 * (INPUTS + TARGETS)
+    assert sent == dict.fromkeys(("all-gather", "reduce-scatter"), 2 * 3 * tokens * 16 * 4)
+
+
+def test_sparse_projections_send_what_they_take_and_give():
+    moe = MoEConfig(4, group_size=32)
+    changes = {"attention_moe": moe, "encoder_sparse_attention": 1, "decoder_sparse_attention": 1}
+    plain, more = (by_purpose(MeshShape(2, 4, 1), **some)["tokens to experts and back"] for some in ({}, changes))
+    # Queries take 16 and give 2 x 8; keys and values take 16 and give 2 x 2 x 8; two layers a stack.
+    slots = BATCH // 8 * 4 * (10 + 5)
+    assert more.sent - plain.sent == 2 * slots * 4 * ((16 + 16) + (16 + 32)) * 2 * 3 / 4
+
+
+def test_microbatches_send_gradients_again_and_activations_once():
+    once, twice = (
+        {one.purpose: one for one in transfers(workload_of(small_config(), microbatches=n), MeshShape(2, 2, 2))}
+        for n in (1, 2)
+    )
+    assert twice["gradients of experts"].sent == 2 * once["gradients of experts"].sent
+    assert twice["gradients of experts"].minimum == once["gradients of experts"].minimum
+    assert twice["attention"] == once["attention"]
+
+
+def test_nothing_is_less_than_the_least():
+    config = small_config(remat=True, mlp_activations=("gelu", "linear"), tied_logits=False)
+    for mesh in (MeshShape(2, 2, 2), MeshShape(8, 1, 1), MeshShape(1, 4, 2), MeshShape(4, 1, 2)):
+        found = transfers(workload_of(config), mesh)
+        assert all(one.sent >= one.minimum * (1 - 1e-9) for one in found)
+        assert total_sent(found) == pytest.approx(sum(dataclasses.asdict(one)["sent"] for one in found))

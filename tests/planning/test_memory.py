@@ -1,0 +1,97 @@
+"""Bytes of a device and of a host, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from switch_t5.errors import ConfigError
+from switch_t5.planning.counts import parameter_count
+from switch_t5.planning.memory import device_memory, host_memory
+from switch_t5.planning.workload import MeshShape
+from tests.planning.workloads import BATCH, INPUTS, TARGETS, small_config, workload_of
+
+DEVICES = 8
+
+
+def large_enough_to_factor():
+    return small_config(emb_dim=128, mlp_dim=256)
+
+
+def test_on_one_device_parameters_are_whole():
+    from switch_t5.model.functional import Model
+
+    memory = device_memory(workload_of(small_config()), MeshShape(1, 1, 1))
+    assert memory.parameters == 4 * parameter_count(Model(small_config()).abstract_params)
+    assert memory.gradients == memory.parameters
+
+
+def test_experts_are_split_over_their_axis_and_kernels_over_the_models():
+    workload = workload_of(small_config())
+    whole, spread, split = (
+        device_memory(workload, mesh).parameters
+        for mesh in (MeshShape(8, 1, 1), MeshShape(2, 4, 1), MeshShape(4, 1, 2))
+    )
+    experts = 2 * 4 * 2 * 16 * 32 * 4
+    assert whole - spread == experts * 3 / 4
+    # Norms (2 + 3 a layer and 1 a stack), and routers, are whole everywhere.
+    not_split = (2 * 2 + 2 * 3 + 2) * 16 * 4 + 2 * 16 * 4 * 4
+    assert split == (whole - not_split) / 2 + not_split
+
+
+def test_adafactors_factors_are_split_as_what_is_left_of_a_parameters_axes():
+    workload = workload_of(large_enough_to_factor())
+    one = device_memory(workload, MeshShape(8, 1, 1)).optimizer
+    spread = device_memory(workload, MeshShape(2, 4, 1)).optimizer
+    # Each sparse layer holds, for each of two kernels of an expert, a row and a column.
+    factors = 2 * 2 * 4 * (128 + 256) * 4
+    assert one - spread == factors * 3 / 4
+    # Whole second moments of small parameters are as large as they are.
+    small = device_memory(workload_of(small_config()), MeshShape(8, 1, 1))
+    assert small.optimizer == small.parameters + 4  # and a count
+
+
+def test_activations_are_of_a_microbatch_and_gradients_then_there_twice():
+    whole, half = (device_memory(workload_of(small_config(), microbatches=n), MeshShape(2, 2, 2)) for n in (1, 2))
+    assert half.logits == whole.logits / 2 == 2 * BATCH * TARGETS / 4 / 2 * 384 / 2 * 4
+    assert half.activations == pytest.approx(whole.activations / 2, abs=1)
+    assert half.dispatch_buffers == whole.dispatch_buffers / 2
+    assert half.gradients == 2 * whole.gradients
+
+
+def test_dispatch_buffers_hold_each_slot_on_its_way_there_and_back():
+    memory = device_memory(workload_of(small_config()), MeshShape(2, 4, 1))
+    encoder, decoder = (BATCH / DEVICES * 4 * capacity * 16 * 2 * 4 for capacity in (10, 5))
+    # Kept of both layers, and the larger one's gradients.
+    assert memory.dispatch_buffers == encoder + decoder + encoder
+
+
+def test_recomputation_keeps_a_blocks_input_and_one_block():
+    plain, again = (
+        device_memory(workload_of(small_config(num_encoder_layers=12, remat=remat)), MeshShape(8, 1, 1))
+        for remat in (False, True)
+    )
+    deeper = device_memory(workload_of(small_config(num_encoder_layers=14, remat=True)), MeshShape(8, 1, 1))
+    assert again.activations < plain.activations / 3
+    assert deeper.activations - again.activations == 2 * BATCH / DEVICES * INPUTS * 16 * 4
+
+
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused_by_its_name():
+    with pytest.raises(ConfigError, match="'heads' of size 2, which 4 partitions along 'model' do not divide"):
+        device_memory(workload_of(small_config()), MeshShape(2, 1, 4))
+
+
+def test_a_host_loads_each_part_that_its_devices_hold_once():
+    workload = workload_of(small_config())
+    state = workload.params.nbytes + workload.opt_state.nbytes
+    assert host_memory(workload, MeshShape(8, 1, 1), 8).loading == state
+    # All parts are on one host of eight; and where two devices share out the experts, half of them on one of one.
+    assert host_memory(workload, MeshShape(4, 2, 1), 8).saving == state
+    alone = device_memory(workload, MeshShape(4, 2, 1))
+    assert host_memory(workload, MeshShape(4, 2, 1), 1).loading == alone.parameters + alone.optimizer
+
+
+def test_all_at_once_is_the_sum_of_what_is_told():
+    memory = device_memory(workload_of(small_config()), MeshShape(2, 2, 2))
+    assert memory.total == sum(dataclasses.astuple(memory))
