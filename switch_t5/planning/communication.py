@@ -7,6 +7,10 @@ A collective over n devices of an array of so many bytes a device sends, at best
 ``sent`` is what this package's step sends. ``minimum`` is what its strategy of parallelism must send: each gradient
 summed once, tokens to their experts and back in both passes without recomputation and within the capacity factor,
 and one sum over the model axis for each of a block's parts and passes.
+
+Compilers differ: XLA for accelerators adds what is to be summed over devices before it is sent, and sends kernels'
+gradients in the dtype of activations, in which they are computed; XLA's CPU backend sends each term, in float32.
+``merged`` says which is planned for.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from switch_t5.planning.sizes import Block, SparseLayer, blocks
 from switch_t5.planning.workload import MeshShape, Workload, shard_bytes, sharded_over
 
 FLOAT32 = 4
+
+_KERNEL_AXES = {"mlp", "expert_mlp", "kv"}
+"""What a parameter has that is multiplied in the dtype of activations."""
 
 _VOCABULARY_USES = 3
 """Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's."""
@@ -60,24 +67,30 @@ def ring_bytes(collective: str, size: int, nbytes: float) -> float:
     return nbytes * (size - 1) / size * (2 if collective == "all-reduce" else 1)
 
 
-def transfers(workload: Workload, mesh: MeshShape) -> list[Transfer]:
-    """All that a step sends, the same purposes joined; purposes that send nothing are left out."""
+def transfers(workload: Workload, mesh: MeshShape, *, merged: bool) -> list[Transfer]:
+    """All that a step sends, the same purposes joined; purposes that send nothing are left out.
+
+    Args:
+      workload: the step.
+      mesh: its devices.
+      merged: whether the compiler adds terms before it sends them, as all do but that for CPUs.
+    """
     joined: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for one in _all(workload, mesh):
+    for one in _all(workload, mesh, merged):
         sums = joined[one.axis, one.collective, one.purpose]
         sums[0] += one.sent
         sums[1] += one.minimum
     return [Transfer(*key, *sums) for key, sums in joined.items() if sums[0]]
 
 
-def _all(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
-    yield from _gradients(workload, mesh)
-    yield from _position_biases(workload, mesh)
+def _all(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
+    yield from _gradients(workload, mesh, merged)
+    yield from _position_biases(workload, mesh, merged)
     for block in blocks(workload, mesh):
         for layer in block.sparse_layers:
             yield from _exchanges(layer, block, workload, mesh)
         if mesh.model > 1:
-            yield from _model_sums(block, workload, mesh)
+            yield from _model_sums(block, workload, mesh, merged)
     if mesh.model > 1:
         yield from _vocabulary_sums(workload, mesh)
 
@@ -88,15 +101,16 @@ def _summed(size: int, axis: str, purpose: str, sent: float, minimum: float) -> 
     )
 
 
-def _gradients(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     """Sums over the devices that hold the same part of a parameter and saw other sequences."""
+    narrow = workload.itemsize / FLOAT32 if merged else 1.0
     tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
     for kind, number, name in workload.params.kinds:
         is_expert = "expert" in sharded_over(kind)
         size, axis = (mesh.data, "data") if is_expert else (mesh.batch_shards, _batch_axis(mesh))
-        one = shard_bytes(kind, mesh, name)
+        one = shard_bytes(kind, mesh, name) * (narrow if _KERNEL_AXES & set(kind.axes) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
-        times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/")
+        times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/") * narrow
         purpose = "gradients of experts" if is_expert else "gradients of dense layers"
         yield _summed(size, axis, purpose, one * times * workload.microbatches, one * number)
 
@@ -107,12 +121,13 @@ def _batch_axis(mesh: MeshShape) -> str:
     return "data" if mesh.expert == 1 else "data+expert"
 
 
-def _position_biases(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
-    """Gradients ``[heads, length, length]`` of position biases, which each layer sums before anything is added."""
+def _position_biases(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
+    """Gradients ``[heads, length, length]`` of position biases, which each layer sums by itself, unless merged."""
     config = workload.config
     for decoder, layers in ((False, config.num_encoder_layers), (True, config.num_decoder_layers)):
         length = workload.length(decoder=decoder)
-        nbytes = layers * workload.microbatches * config.num_heads / mesh.model * length * length * FLOAT32
+        times = 1 if merged and not (config.scan_layers or config.relpos_per_layer) else layers
+        nbytes = times * workload.microbatches * config.num_heads / mesh.model * length * length * FLOAT32
         yield _summed(mesh.batch_shards, _batch_axis(mesh), "gradients of position biases", nbytes, 0)
 
 
@@ -131,7 +146,7 @@ def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshS
         yield Transfer("expert", collective, "tokens gathered for experts, sums dealt out", sent, least)
 
 
-def _model_sums(block: Block, workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     """Partial sums of outputs, and of the gradients of inputs, of what is split over the model axis."""
     row = workload.config.emb_dim * workload.itemsize
     stream, again = block.tokens * row, 1 + workload.config.remat
@@ -139,20 +154,23 @@ def _model_sums(block: Block, workload: Workload, mesh: MeshShape) -> Iterator[T
     def summed(purpose: str, sent: float, minimum: float) -> Transfer:
         return _summed(mesh.model, "model", purpose, sent, minimum)
 
-    into = block.dense_projections
+    terms = 1 if merged else 3
+    into = min(terms, block.dense_projections)
     outward = stream * block.dense_out
     yield summed("attention", again * outward + into * stream, outward + stream * (into > 0))
     if block.memory_tokens:
-        sent = (again + 1) * stream + 2 * block.memory_tokens * row
+        # The encoder's output has a gradient from each layer's keys and values.
+        layers = 1 if workload.config.scan_layers or not merged else workload.config.num_decoder_layers
+        sent = (again + 1) * stream + min(terms, 2) * block.memory_tokens * row / layers
         yield summed("cross-attention", sent, 2 * stream)
     if block.feed_forward is None or block.feed_forward.moe.num_shared_experts:
         # A recomputation leaves out the last product of a dense feed-forward, and of no other.
         forward = 1 if block.feed_forward is None else again
-        branches = len(workload.config.mlp_activations)
+        branches = min(terms, len(workload.config.mlp_activations))
         yield summed("feed-forward", (forward + branches) * stream, 2 * stream)
     for layer in block.sparse_layers:
         outward = layer.slots * layer.out * workload.itemsize * layer.sums_out
-        inward = layer.products * layer.slots * layer.into * workload.itemsize
+        inward = min(terms, layer.products) * layer.slots * layer.into * workload.itemsize
         least = stream * layer.moe.router.experts_per_token
         yield summed("experts", again * outward + inward, least * (layer.sums_out + (layer.products > 0)))
 

@@ -138,7 +138,7 @@ def plan_mesh(workload: Workload, topology: Topology, mesh: MeshShape) -> MeshPl
       ConfigError: a parameter cannot be sharded so.
     """
     memory = device_memory(workload, mesh)
-    sent = tuple(transfers(workload, mesh))
+    sent = tuple(transfers(workload, mesh, merged=topology.chip.name != "cpu"))
     flops = device_flops(workload, mesh)
     compute = math.fsum(count / topology.chip.peak_flops[dtype] for dtype, count in flops.items())
     traffic = _memory_traffic(workload, memory)

@@ -12,8 +12,8 @@ from switch_t5.planning.workload import MeshShape
 from tests.planning.workloads import BATCH, INPUTS, TARGETS, small_config, workload_of
 
 
-def by_purpose(mesh: MeshShape, **changes) -> dict[str, Transfer]:
-    return {one.purpose: one for one in transfers(workload_of(small_config(**changes)), mesh)}
+def by_purpose(mesh: MeshShape, merged: bool = False, **changes) -> dict[str, Transfer]:
+    return {one.purpose: one for one in transfers(workload_of(small_config(**changes)), mesh, merged=merged)}
 
 
 def test_rings_send_what_they_must():
@@ -24,7 +24,7 @@ def test_rings_send_what_they_must():
 
 
 def test_one_device_sends_nothing():
-    assert transfers(workload_of(small_config()), MeshShape(1, 1, 1)) == []
+    assert transfers(workload_of(small_config()), MeshShape(1, 1, 1), merged=False) == []
 
 
 def test_tokens_go_to_their_experts_and_back_in_both_passes():
@@ -84,7 +84,7 @@ def test_what_is_split_over_the_model_axis_is_summed_over_it():
 
 def test_without_capacity_tokens_are_gathered_and_sums_dealt_out():
     moe = MoEConfig(4, group_size=32, dispatch="dropless")
-    found = transfers(workload_of(small_config(moe=moe)), MeshShape(2, 4, 1))
+    found = transfers(workload_of(small_config(moe=moe)), MeshShape(2, 4, 1), merged=False)
     sent = {one.collective: one.sent for one in found if one.axis == "expert"}
     tokens = BATCH // 8 * (INPUTS + TARGETS)
     assert sent == dict.fromkeys(("all-gather", "reduce-scatter"), 2 * 3 * tokens * 16 * 4)
@@ -101,7 +101,10 @@ def test_sparse_projections_send_what_they_take_and_give():
 
 def test_microbatches_send_gradients_again_and_activations_once():
     once, twice = (
-        {one.purpose: one for one in transfers(workload_of(small_config(), microbatches=n), MeshShape(2, 2, 2))}
+        {
+            one.purpose: one
+            for one in transfers(workload_of(small_config(), microbatches=n), MeshShape(2, 2, 2), merged=False)
+        }
         for n in (1, 2)
     )
     assert twice["gradients of experts"].sent == 2 * once["gradients of experts"].sent
@@ -112,6 +115,17 @@ def test_microbatches_send_gradients_again_and_activations_once():
 def test_nothing_is_less_than_the_least():
     config = small_config(remat=True, mlp_activations=("gelu", "linear"), tied_logits=False)
     for mesh in (MeshShape(2, 2, 2), MeshShape(8, 1, 1), MeshShape(1, 4, 2), MeshShape(4, 1, 2)):
-        found = transfers(workload_of(config), mesh)
+        found = transfers(workload_of(config), mesh, merged=False)
         assert all(one.sent >= one.minimum * (1 - 1e-9) for one in found)
         assert total_sent(found) == pytest.approx(sum(dataclasses.asdict(one)["sent"] for one in found))
+
+
+def test_a_compiler_that_adds_first_sends_less():
+    mesh = MeshShape(2, 2, 2)
+    apart, merged = (by_purpose(mesh, merged, dtype="bfloat16") for merged in (False, True))
+    # Experts' gradients in bfloat16; one sum for queries, keys and values in place of three.
+    assert merged["gradients of experts"].sent == apart["gradients of experts"].sent / 2
+    assert merged["attention"].sent == merged["attention"].minimum == apart["attention"].sent / 2
+    assert merged["gradients of position biases"].sent == apart["gradients of position biases"].sent / 2
+    for name in ("tokens to experts and back", "feed-forward", "experts", "embedding", "logits"):
+        assert merged[name] == apart[name]
