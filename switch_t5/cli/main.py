@@ -44,7 +44,7 @@ COMMANDS = {
     "train": Command("switch_t5.cli.train", "pre-train or fine-tune a model; continues a stopped run"),
     "eval": Command("switch_t5.cli.eval", "evaluate a trained model"),
     "infer": Command("switch_t5.cli.infer", "let a trained model write"),
-    "plan": Command("switch_t5.cli.plan", "say what a model costs and on which meshes of which devices it fits"),
+    "plan": Command("switch_t5.cli.plan", "tell what a model costs and where it fits"),
     "convert": Command("switch_t5.cli.convert", "write a checkpoint in another format", takes_gin=False),
     "inspect": Command("switch_t5.cli.inspect", "look into a checkpoint of any format", takes_gin=False),
     "conformance": Command(

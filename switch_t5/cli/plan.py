@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from switch_t5.planning.chips import parse_devices, parse_topology
 
     topology = parse_topology(args.topology) if args.topology else parse_devices(args.devices)
-    _without_accelerator(topology)
+    _without_accelerator(topology if args.compile else None)
     from switch_t5.planning.plan import make_plan
 
     configuration = load(args)
@@ -134,13 +134,13 @@ def check_mesh(spec: RunSpec, workload: Workload, mesh: MeshShape) -> None:
     check_batch(spec_on(spec, workload, mesh), cast("Mesh", mesh.abstract()))
 
 
-def _without_accelerator(topology: Topology) -> None:
+def _without_accelerator(compile_for: Topology | None) -> None:
     """Keeps JAX from waking devices, which it would take from whoever trains on them."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    if topology.chip.name == "cpu":
-        jax.config.update("jax_num_cpu_devices", topology.num_devices)
+    if compile_for is not None and compile_for.chip.name == "cpu":
+        jax.config.update("jax_num_cpu_devices", compile_for.num_devices)
 
 
 def _mesh_shape(text: str) -> MeshShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -14,12 +15,18 @@ import pytest
 
 from switch_t5.cli.main import main
 
-TINY = [
-    "--gin_file=tests/integration/tiny.gin",
-    "--gin.TEXTS=none",
-    "--gin.BATCH_SIZE=32",
-    "--gin.TransformerConfig.dropout_rate=0.0",
-]
+NUMBERS = itertools.count()
+
+
+def tiny() -> list[str]:
+    """Flags of a small run, with a task that this process has not seen yet."""
+    return [
+        "--gin_file=tests/integration/tiny.gin",
+        "--gin.TEXTS=none",
+        f"--gin.text_task.name=planned_{next(NUMBERS)}",
+        "--gin.BATCH_SIZE=32",
+        "--gin.TransformerConfig.dropout_rate=0.0",
+    ]
 
 
 def planned(tmp_path: Path, *words: str, code: int = 0) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def test_a_topology_that_does_not_exist_is_told_with_those_near(capsys: pytest.C
     ],
 )
 def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", *TINY, *words]) == 2
+    assert main(["plan", *tiny(), *words]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -96,9 +103,9 @@ def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path: Path, capsys:
 
 
 def test_one_mesh_may_be_asked_for(tmp_path: Path):
-    plan = planned(tmp_path, *TINY, "--devices=cpu:8", "--mesh=2x2x2")
+    plan = planned(tmp_path, *tiny(), "--devices=cpu:8", "--mesh=2x2x2")
     assert [mesh["mesh"] for mesh in plan["meshes"]] == [{"data": 2, "expert": 2, "model": 2}]
-    assert planned(tmp_path, *TINY, "--devices=cpu:8")["devices"] == 8
+    assert planned(tmp_path, *tiny(), "--devices=cpu:8")["devices"] == 8
 
 
 def test_what_a_configuration_leaves_open_need_not_be_given(tmp_path: Path):
