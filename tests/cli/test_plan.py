@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def test_a_model_alone_is_planned_with_the_papers_batch(tmp_path: Path, capsys: 
     assert reasons and all("MoEConfig.group_size is 4096" in reason for reason in reasons)
 
 
-def test_it_answers_within_seconds_and_wakes_no_accelerator():
+def test_it_wakes_no_accelerator_and_loads_no_tensorflow():
     # From a fresh start, imports and all.
     script = (
         "import sys; from switch_t5.cli.main import main\n"
@@ -61,11 +60,9 @@ def test_it_answers_within_seconds_and_wakes_no_accelerator():
         "import jax; from jax._src import xla_bridge\n"
         "print(sorted(xla_bridge._backends), 'tensorflow' in sys.modules); sys.exit(code)"
     )
-    start = time.process_time(), time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("[] False", "['cpu'] False")
-    assert time.perf_counter() - start[1] < 60
 
 
 def test_a_topology_that_does_not_exist_is_told_with_those_near(capsys: pytest.CaptureFixture[str]):
