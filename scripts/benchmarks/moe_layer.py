@@ -65,13 +65,17 @@ def main() -> int:
         flags = f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}", f"--group_size={args.group_size}"
         return in_process(__file__, *flags, python=python, variables=variables)
 
+    def finished(row: dict[str, Any]) -> dict[str, Any]:
+        print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
+        return row
+
     rows = []
     for size, experts, routes in itertools.product(
         args.sizes.split(","), map(int, args.experts.split(",")), args.routes.split(",")
     ):
-        rows += [run("row", size, experts, routes, method) for method in args.dispatch.split(",")]
+        rows += [finished(run("row", size, experts, routes, method)) for method in args.dispatch.split(",")]
         if args.peers:
-            rows += [run("peer_row", size, experts, routes, peer, python=args.peer_python) for peer in PEERS]
+            rows += [finished(run("peer_row", size, experts, routes, peer, python=args.peer_python)) for peer in PEERS]
     report(rows, table(rows), args.json)
     return 0
 
@@ -96,6 +100,7 @@ def measure(size: str, experts: int, routes: str, method: Any, *, group_size: in
     """The layer with one method of dispatch, its floor, and a dense feed-forward."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
 
     from switch_t5.layers.dense import FeedForward
@@ -129,7 +134,9 @@ def measure(size: str, experts: int, routes: str, method: Any, *, group_size: in
         return jnp.ones((*leading, emb_dim)), jnp.ones((*leading, mlp_dim))
 
     if method == "dropless":
-        floor, floor_arguments = each_by_itself, ([(*inputs(n), wi[i], wo[i]) for i, n in enumerate(counts)],)
+        # Views of one expert each: slices would be copies, gigabytes of them.
+        each = ([jax.device_put(kernel) for kernel in np.asarray(stack)] for stack in (wi, wo))
+        floor, floor_arguments = each_by_itself, ([(*inputs(n), i, o) for n, i, o in zip(counts, *each, strict=True)],)
     else:
         floor, floor_arguments = products, (*inputs(experts, capacity), wi, wo)
     layer_program = compiled(jax.grad(layer_loss, argnums=(0, 1)), params, x)

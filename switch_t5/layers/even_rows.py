@@ -1,7 +1,8 @@
-"""The rows of experts that get about as many each, as one array: what all their kernels multiply at once.
+"""The rows of experts that get about as many each, as one array of the same number of rows for each expert.
 
-A loop over experts copies each kernel out of its stack before it multiplies a few rows by it. With many experts that
-takes as long as the product; one product of all experts' rows with the whole stack copies nothing.
+A loop over blocks of any number of rows copies a kernel for every few rows that it multiplies, and its gradient into
+their stack; with many experts that takes as long as the products. All experts' even rows have kernel gradients in one
+product that writes the stack itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from switch_t5.types import Array
 Result = TypeVar("Result")
 
 _MOST = 128
-"""Rows of an expert from which on a kernel's copy no longer counts beside its product."""
+"""Rows of an expert from which on the copies of its kernels no longer count beside its products."""
 
 _EVEN = 4
 """One row in so many may be beyond its expert's share."""
