@@ -65,7 +65,7 @@ class EvenRows:
 
 
 def even_share(rows: int, num_experts: int) -> int:
-    """How many rows of each expert are worth one product; 0 where a loop is as fast.
+    """How many rows of each expert are worth taking evenly; 0 where the loop over blocks is as fast.
 
     Args:
       rows: of all experts together.

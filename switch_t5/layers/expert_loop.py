@@ -150,7 +150,7 @@ def _even_backward(
 
 
 def _products(rows: Array, kernels: Array, *, transposed: bool = False) -> Array:
-    """``[expert, rows, a]`` times each expert's kernel of ``[expert, a, b]``, or its transpose: ``[expert, rows, b]``."""
+    """``[expert, rows, a]`` times each expert's kernel, ``[expert, a, b]`` or transposed: ``[expert, rows, b]``."""
     # One expert after the other: XLA's CPU backend takes up to 1.8 times as long for few rows of all in one product.
     # With the kernels' gradients it is the other way round, for a loop copies each into its stack.
     return jax.lax.map(lambda pair: pair[0] @ (pair[1].T if transposed else pair[1]), (rows, kernels))

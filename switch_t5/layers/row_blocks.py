@@ -33,7 +33,7 @@ class Load(NamedTuple):
 
     Attributes:
       most: what no expert has more of, where something bounds it.
-      share: what each has where all have the same, if so few that they are worth one product
+      share: what each has where all have the same, if so few that they are taken evenly
         (:func:`switch_t5.layers.even_rows.even_share`); else 0.
     """
 
