@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--num_cpu_devices must be at least 1, got {args.num_cpu_devices}.")
     import jax
 
+    jax.config.update("jax_num_cpu_devices", args.num_cpu_devices)  # Before the cells, whose keys wake the devices.
     from switch_t5.conformance.cells import ROUTERS, Cell, cells, check
 
-    jax.config.update("jax_num_cpu_devices", args.num_cpu_devices)
     chosen = [Cell(router) for router in ROUTERS] if args.quick else list(cells(jax.device_count()))
     device = jax.devices()[0].device_kind
     print(f"{len(chosen)} cells on {jax.device_count()} {device}, jax {jax.__version__}", file=sys.stderr)

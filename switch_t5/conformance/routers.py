@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from switch_t5.conformance import oracle
@@ -102,12 +101,12 @@ def sigmoid_top_k(**settings: Any) -> Router:
     )
 
 
-def random(key: jax.Array) -> Router:
-    """Experts drawn with ``key``."""
+def hashed(config: RouterConfig) -> Router:
+    """Experts by the token alone."""
     return Router(
-        RouterConfig(router="random"),
+        config,
         lambda logits, mask, tokens, capacity, bias: oracle.given(
-            np.asarray(jax.random.randint(key, mask.shape, 0, logits.shape[-1])), mask, capacity
+            oracle.hashed(tokens, logits.shape[-1]), mask, capacity
         ),
         probs=None,
     )
@@ -134,12 +133,6 @@ ROUTERS: dict[str, Router] = {
         RouterConfig(router="expert_choice"),
         lambda logits, mask, tokens, capacity, bias: oracle.expert_choice(logits, mask, capacity),
     ),
-    "hash": Router(
-        RouterConfig(router="hash"),
-        lambda logits, mask, tokens, capacity, bias: oracle.given(
-            oracle.hashed(tokens, logits.shape[-1]), mask, capacity
-        ),
-        probs=None,
-    ),
-    "random": random(jax.random.key(0)),  # What the library draws with where it has no key.
+    "hash": hashed(RouterConfig(router="hash")),
+    "random": hashed(RouterConfig(router="random")),  # Which draws only where it has a key.
 }

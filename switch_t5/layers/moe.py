@@ -56,9 +56,8 @@ class LayerKeys(NamedTuple):
 
 def layer_keys(rng: Array | None) -> LayerKeys:
     """The keys of a layer that is given ``rng``; None throughout where nothing is random."""
-    # The first two of four keys would differ from the two that a plain Switch layer has always drawn.
-    first, second = split_rng(rng, 2)
-    third, fourth = split_rng(None if rng is None else jax.random.fold_in(rng, 1), 2)
+    # All at once: a key folded out of the experts' would be that of one of their rows.
+    first, second, third, fourth = split_rng(rng, 4)
     return LayerKeys(input=first, choice=third, experts=second, shared=fourth)
 
 
@@ -89,7 +88,7 @@ class SparseLayer(nnx.Module):
     ) -> tuple[Array, RouterStats]:
         """Routes, dispatches, applies the experts and combines.
 
-        A token with a logit that is infinite or not a number takes no slot and counts nowhere but in the
+        A token with an entry or a logit that is infinite or not a number takes no slot and counts nowhere but in the
         statistics' ``nonfinite``, so that it cannot reach another token's output, whatever padding does.
 
         Args:
@@ -114,7 +113,7 @@ class SparseLayer(nnx.Module):
 
         routing, stats = self.route(x, real, tokens, train=train, keys=keys)
         if not isinstance(routing.assignment, Assignment):
-            combined = self._apply_to_choices(x, routing.assignment, keys.experts)
+            combined = self._apply_to_choices(x, routing.assignment, keys.experts, train=train)
         elif self._leaves_out_empty_slots():
             combined = self._apply_to_filled_slots(x, routing.assignment, keys.experts)
         else:
@@ -155,11 +154,11 @@ class SparseLayer(nnx.Module):
 
     def _router_logits(self, x: Array, mask: Array, rng: Array | None) -> tuple[Array | None, Array]:
         """``[G, S, E]`` in the router's dtype, and the mask without the tokens whose logits are not finite."""
+        finite = jnp.all(jnp.isfinite(x), axis=-1)
         if not self.config.router.has_kernel:
-            return None, mask
+            return None, mask & finite
         x = x.astype(self.config.router_dtype)
         # Taken out before the product, in whose derivative 0 times such a number would be none.
-        finite = jnp.all(jnp.isfinite(x), axis=-1)
         x = jnp.where(finite[..., None], x, 0)
         if rng is not None and self.config.jitter_noise:
             noise = self.config.jitter_noise
@@ -197,7 +196,7 @@ class SparseLayer(nnx.Module):
         load = Load(most=assignment.slot.shape[0] * assignment.capacity)
         return self._apply_to_rows(self.experts, x, assignment.weight, filled_slots(assignment), load, rng)
 
-    def _apply_to_choices(self, x: Array, choices: Choices, rng: Array | None) -> Array:
+    def _apply_to_choices(self, x: Array, choices: Choices, rng: Array | None, *, train: bool) -> Array:
         """``[G, S, D]`` to ``[G, S, out]`` without capacity.
 
         An all-to-all has blocks of one size, which a router without capacity does not give. So the devices that
@@ -211,7 +210,8 @@ class SparseLayer(nnx.Module):
             order = sort_by_expert(expert.reshape(-1, expert.shape[-1]) - shard_index("expert") * mine, mine)
             # A choice's number in the batch, which is the same on every mesh.
             order = dataclasses.replace(order, number=order.entry + shard_index("expert_batch") * expert.size)
-            load = Load(share=even_share(expert.size, self.config.num_experts))
+            # Even rows are rounded by where they stand among others, and in evaluation no token may see another.
+            load = Load(share=even_share(expert.size, self.config.num_experts) if train else 0)
             combined = self._apply_to_rows(nnx.merge(graph, params), x, weight, order, load, rng)
             return sum_shards(combined, scatter="expert", over=self.summed_axis)
 

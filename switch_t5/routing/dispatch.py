@@ -14,6 +14,7 @@ the two verbs on rows that are sorted by expert, gathered as ``gather`` does.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, Protocol
 
 import jax
@@ -57,18 +58,23 @@ class Gather:
 
 
 class Einsum:
-    """One-hot masks, multiplied."""
+    """One-hot masks, multiplied, in full precision: a mask selects and must not round.
+
+    An expert's output that is not finite reaches its whole group, for zero times it is no number.
+    """
 
     def dispatch(self, x: Array, assignment: Assignment) -> Array:
         """See :class:`Dispatcher`."""
         # A row without a slot is multiplied by zero, which would not stop a NaN.
         x = jnp.where(assignment.kept[..., None], x, 0)
-        return jnp.einsum("gsec,gsd->gecd", _masks(assignment, jnp.ones_like(assignment.weight, x.dtype)), x)
+        return _full_einsum("gsec,gsd->gecd", _masks(assignment, jnp.ones_like(assignment.weight, x.dtype)), x)
 
     def combine(self, y: Array, assignment: Assignment) -> Array:
         """See :class:`Dispatcher`."""
-        return jnp.einsum("gsec,gecd->gsd", _masks(assignment, assignment.weight.astype(y.dtype)), y)
+        return _full_einsum("gsec,gecd->gsd", _masks(assignment, assignment.weight.astype(y.dtype)), y)
 
+
+_full_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 DISPATCHERS: dict[DispatchMethod, Dispatcher] = {"gather": Gather(), "einsum": Einsum()}
 

@@ -262,12 +262,13 @@ def route_without_logits(
       capacity: slots of an expert for one group; None for any number.
       mask: ``[G, S]`` bool.
       tokens: ``[G, S]`` int32, entries of the vocabulary.
-      rng: of ``random``; None, in evaluation, draws the same experts every time.
+      rng: of ``random``; without one, in evaluation, its experts are those of ``hash``.
     """
-    if config.router == "hash":
+    if config.router == "hash" or rng is None:
+        # By the token alone: what is decoded must not depend on where it stands in a batch.
         expert = choice.hashed(tokens, num_experts)
     else:
-        expert = jax.random.randint(jax.random.key(0) if rng is None else rng, mask.shape, 0, num_experts)
+        expert = jax.random.randint(rng, mask.shape, 0, num_experts)
     assignment = choice.given(expert, capacity, mask, num_experts)
     return Routing(assignment, jax.nn.one_hot(expert, num_experts), load_of(assignment.expert, num_experts))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,17 @@ def test_a_cell_beyond_its_bound_makes_the_exit_code_1(
     printed = capsys.readouterr().err
     assert "| hash | plain | gather | float32 | 1 device | 1.0e+00 | output | 5e-01: NO |" in printed
     assert printed.endswith("some cells are beyond their bound.\n")
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_divides_the_cpu_as_asked(tmp_path: Path) -> None:
+    path, environment = tmp_path / "result.json", dict(os.environ)
+    del environment["JAX_NUM_CPU_DEVICES"]
+    command = [sys.executable, "-m", "switch_t5", "conformance", "--quick", "--num_cpu_devices=3", f"--json={path}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(cells.ROUTERS)} cells on 3 cpu" in done.stderr
+    assert {row["router"] for row in json.loads(path.read_text())["cells"]} == set(cells.ROUTERS)
 
 
 def test_no_devices_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

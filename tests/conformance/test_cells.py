@@ -69,10 +69,35 @@ def one_more_slot(*args: Any, **kwargs: Any) -> int:
     return expert_capacity(*args, **kwargs) + 1
 
 
+def one_slot_fewer(*args: Any, **kwargs: Any) -> int:
+    return expert_capacity(*args, **kwargs) - 1
+
+
+def rounded_up(*args: Any, **kwargs: Any) -> int:
+    return expert_capacity(*args, **kwargs | {"rounding": "ceil"})
+
+
+def combined_without_a_gradient_of_weights(rows: jax.Array, weight: jax.Array, order: Any) -> jax.Array:
+    return combine_rows(rows, jax.lax.stop_gradient(weight), order)
+
+
+def every_slot_by_weight_one(assigned: Any, weight: jax.Array) -> jax.Array:
+    return masks(assigned, jnp.ones_like(weight))
+
+
+def the_token_before(x: jax.Array, index: jax.Array) -> jax.Array:
+    return rows_of(x, jnp.maximum(index - 1, 0))
+
+
+def not_squared(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(logits, axis=-1) * mask
+
+
 expert_capacity, counts, sum_by_token = moe_config.expert_capacity, assignment._counts, dispatch._sum_by_token
 router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, assignment.load_of, balance._importance
 top_k, cut, layer_route = choice.top_k, expert_loop.cut, moe.SwitchFeedForward.route
-filled_slots = moe.filled_slots
+filled_slots, combine_rows = moe.filled_slots, moe.combine_rows
+masks, rows_of = dispatch._masks, dispatch._rows
 
 
 def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -119,10 +144,15 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
     ("cell", "owner", "name", "wrong"),
     [
         (Cell("switch"), moe_config, "expert_capacity", one_more_slot),
+        (Cell("switch"), moe_config, "expert_capacity", one_slot_fewer),
+        (Cell("switch"), moe_config, "expert_capacity", rounded_up),
+        (Cell("top_2", "einsum"), dispatch, "_masks", every_slot_by_weight_one),
+        (Cell("switch", mesh="2 x 2 x 2"), dispatch, "_rows", the_token_before),
         (Cell("switch"), assignment, "_counts", inclusive_counts),
         (Cell("switch"), moe.SwitchFeedForward, "_router_logits", padding_counted),
         (Cell("switch"), moe.SwitchFeedForward, "route", padding_routed),
         (Cell("switch"), balance, "_importance", mean_for_sum),
+        (Cell("switch"), balance, "router_z_loss", not_squared),
         (Cell("top_2"), router, "load_of", load_after_capacity),
         (Cell("top_2"), dispatch, "_sum_by_token", unscaled),
         (Cell("sigmoid_top_k"), choice, "top_k", no_bias),
@@ -133,10 +163,15 @@ def no_bias(*args: Any, scores: Any = None, **kwargs: Any) -> Any:
     ],
     ids=[
         "one slot more",
+        "one slot fewer",
+        "a capacity rounded up",
+        "masks without weights",
+        "slots of the token before",
         "a cumsum that is not exclusive",
         "padding counted",
         "padding routed",
         "a mean for a sum",
+        "a z-loss without its square",
         "load counted after capacity",
         "choices averaged for summed",
         "a bias left out",
@@ -152,6 +187,13 @@ def test_a_wrong_layer_is_caught(
     monkeypatch.setattr(owner, name, wrong)
     result = check(cell)
     assert not result.is_green
+
+
+def test_a_gradient_that_is_left_out_is_caught_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "combine_rows", combined_without_a_gradient_of_weights)
+    result = check(Cell("switch"))
+    wrong = {name for name, error in result.errors.items() if error > result.bound}
+    assert wrong == {"gradient of x", "gradient of router"}
 
 
 def logits_and_mask() -> tuple[np.ndarray, np.ndarray]:

@@ -44,6 +44,7 @@ DEEP = dataclasses.replace(DENSE, moe=MOE, num_encoder_layers=2, num_decoder_lay
 ATTENTION = dataclasses.replace(
     DENSE, attention_moe=MOE, encoder_sparse_attention=1, decoder_sparse_attention=1, tied_logits=False
 )
+RANDOM = dataclasses.replace(MOE, router=RouterConfig(router="random"))
 NO_TOKEN = dataclasses.replace(MOE, router=RouterConfig(router="no_token_left_behind"))
 CONFIGS = {
     "dense": DENSE,
@@ -51,6 +52,7 @@ CONFIGS = {
     "scanned": DEEP,
     "attention": ATTENTION,
     "no_token_left_behind": dataclasses.replace(SPARSE, moe=NO_TOKEN),
+    "random": dataclasses.replace(SPARSE, moe=RANDOM),
 }
 INPUTS = jnp.asarray([[5, 9, 2, 1, 0], [3, 1, 0, 0, 0], [7, 7, 8, 9, 1], [4, 11, 10, 6, 1], [2, 1, 0, 0, 0]], jnp.int32)
 
@@ -124,19 +126,28 @@ def test_greedy_decoding_beside_a_cache_is_that_of_full_forward_passes(kind: str
         assert len({row.index(EOS) if EOS in row else None for row in rows}) > 1
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"temperature": 1.0, "num_return_sequences": 2}], ids=str)
-def test_what_is_said_to_an_input_depends_on_no_other(how: dict[str, float]) -> None:
-    together = run("sparse", **how)
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("sparse", {}),
+        ("sparse", {"num_beams": 3}),
+        ("sparse", {"temperature": 1.0, "num_return_sequences": 2}),
+        ("random", {}),
+    ],
+    ids=str,
+)
+def test_what_is_said_to_an_input_depends_on_no_other(kind: str, how: dict[str, float]) -> None:
+    together = run(kind, **how)
     order = [3, 0, 4, 2, 1]
-    shuffled = run("sparse", INPUTS[jnp.asarray(order)], order, **how)
-    with_padding = run("sparse", jnp.pad(INPUTS[:2], ((0, 3), (0, 0))), **how)
-    longer = run("sparse", jnp.pad(INPUTS, ((0, 0), (0, 4))), **how)
+    shuffled = run(kind, INPUTS[jnp.asarray(order)], order, **how)
+    with_padding = run(kind, jnp.pad(INPUTS[:2], ((0, 3), (0, 0))), **how)
+    longer = run(kind, jnp.pad(INPUTS, ((0, 0), (0, 4))), **how)
     for index, name in enumerate(Decoded._fields):
         np.testing.assert_array_equal(shuffled[index], together[index][order], err_msg=name)
         np.testing.assert_array_equal(with_padding[index][:2], together[index][:2], err_msg=name)
         np.testing.assert_allclose(longer[index], together[index], atol=1e-5, err_msg=name)
         for row in range(2):
-            alone = run("sparse", INPUTS[row : row + 1], [row], **how)
+            alone = run(kind, INPUTS[row : row + 1], [row], **how)
             np.testing.assert_allclose(alone[index][0], together[index][row], atol=1e-5, err_msg=name)
 
 

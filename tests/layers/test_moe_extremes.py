@@ -135,6 +135,19 @@ def test_features_that_are_not_finite_leave_the_routers_gradient_as_padding_does
     np.testing.assert_array_equal(found.gradient["router"], expected.gradient["router"])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dispatch", ["gather", "einsum", "dropless"])
+@pytest.mark.parametrize("name", ["hash", "random"])
+def test_features_that_are_not_finite_stay_with_their_token_where_there_are_no_logits(
+    name: str, dispatch: str, bad: float
+) -> None:
+    found, expected = beside_padding(name, dispatch, bad)
+    assert float(found.stats.nonfinite) == 1 and float(expected.stats.nonfinite) == 0
+    np.testing.assert_array_equal(found.output, expected.output)
+    for one, another in zip(jax.tree.leaves(found.gradient), jax.tree.leaves(expected.gradient), strict=True):
+        np.testing.assert_array_equal(one, another)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_alone_has_no_output_no_loss_and_no_gradient(name: str) -> None:
     x, router = inputs()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from switch_t5.conformance import oracle
-from switch_t5.conformance.routers import ROUTERS, Router, gshard_top_2, random, sigmoid_top_k, top_k
+from switch_t5.conformance.routers import ROUTERS, Router, gshard_top_2, sigmoid_top_k, top_k
 from switch_t5.routing.assignment import Assignment, Choices
 from switch_t5.routing.router import RouterConfig, Routing, route, route_without_logits
 from switch_t5.types import Array
@@ -26,7 +26,13 @@ CASES: dict[str, Router] = {
     "top_2_renormalized": top_k(2, renormalize=True),
     "gshard_top_2": gshard_top_2(lambda mask: np.asarray(jax.random.uniform(KEY, mask.shape))),
     "sigmoid_limited": sigmoid_top_k(num_expert_groups=2, num_limited_groups=1),
-    "random": random(KEY),
+    "random": Router(
+        RouterConfig(router="random"),
+        lambda logits, mask, tokens, capacity, bias: oracle.given(
+            np.asarray(jax.random.randint(KEY, mask.shape, 0, logits.shape[-1])), mask, capacity
+        ),
+        probs=None,
+    ),
 }
 """The routers of conformance with others beside them: two groups of few experts, and draws with a key."""
 
