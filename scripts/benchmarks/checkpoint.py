@@ -9,7 +9,7 @@ peers in the same process, in turn with it:
 - *save blocks* is the time until a save returns, after which the step may overwrite the state, beside one copy of the
   same bytes into memory that is new, as a save's must be. How much longer the first step after it takes than a usual
   one stands beside it: a copy put off until then would show there, and so do the threads that write.
-- *save* runs until the checkpoint has its final name, beside one sequential write of the same bytes that ends with fsync.
+- *save* runs until the checkpoint has its final name, beside one sequential write of as many bytes that ends with fsync.
 - *restore* and *reshard* (onto four devices that share the experts) read files that the page cache has forgotten,
   beside one sequential read of as many bytes into one buffer, forgotten too.
 - *convert* is the command, with ``--verify``.
@@ -30,11 +30,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from timing import add_common_flags, in_process, peak_resident_bytes, report
+
+from switch_t5.cli.allocator import large_page_environment
 
 EMB, MLP, HEADS, HEAD_DIM, LAYERS, VOCAB = 512, 2048, 8, 64, 6, 32128
 QUICK = {"emb_dim": 64, "mlp_dim": 128, "num_heads": 2, "num_encoder_layers": 2, "num_decoder_layers": 2}
@@ -51,7 +53,9 @@ def main() -> int:
     """Runs the rows that the flags ask for and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parameters", default="1e9", help="sizes of the model, roughly")
-    parser.add_argument("--folder", default=".", help="where files are written, and removed again; its disk is measured")
+    parser.add_argument(
+        "--folder", default=".", help="where files are written, and removed again; its disk is measured"
+    )
     add_common_flags(parser, repeats=3)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -72,7 +76,8 @@ def measure_size(parameters: int, folder: str, repeats: int) -> list[dict[str, A
 
     def run(*row: Any, devices: int = 1) -> list[dict[str, Any]]:
         flags = f"--xla_force_host_platform_device_count={devices}"
-        return in_process(__file__, f"--row={json.dumps(row)}", variables={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **large_page_environment()}
+        return in_process(__file__, f"--row={json.dumps(row)}", variables=variables)
 
     rows = run("save", parameters, folder, repeats)
     rows += run("restore", parameters, folder, repeats)
@@ -140,8 +145,9 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
             save()
             checkpointer.wait()
 
-        run_step()
         save_whole()
+        peak = peak_resident_bytes()  # Before gradients and copies of the benchmark's own join in.
+        run_step()
         seconds.clear()
         for _ in range(repeats):
             timed("copy", lambda: copy(state))
@@ -154,7 +160,7 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
     median = {name: statistics.median(values) for name, values in seconds.items()}
     blocks = {"what": "save blocks", "seconds": median["blocks"]}
     later = {"what": "the first step after it", "seconds": median["step after"]}
-    whole = {"what": "save", "seconds": median["save"], "host_bytes": peak_resident_bytes() - sizes["state_bytes"]}
+    whole = {"what": "save", "seconds": median["save"], "host_bytes": peak - sizes["state_bytes"]}
     return [
         {**sizes, **blocks, "peer": "a copy in memory", "peer_seconds": median["copy"], "bound": TIME_BOUND},
         {**blocks, "peer": "a training step", "peer_seconds": median["step"]},
@@ -320,15 +326,10 @@ def read(path: Path) -> None:
 
 def forget(path: Path) -> None:
     """Has the page cache forget a file, or all below a folder."""
-    for file in files(path):
+    for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def files(path: Path) -> Iterator[Path]:
-    """A file, or all below a folder."""
-    yield from [path] if path.is_file() else (below for below in path.rglob("*") if below.is_file())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from switch_t5.checkpoint import fingerprint, naming
+from switch_t5.checkpoint import fingerprint, naming, snapshot
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.checkpoint.writer_lock import WriterLock
@@ -148,8 +148,8 @@ class Checkpointer:
 
         if step in self._manager.all_steps():
             return False
-        leaves = naming.named_leaves(state)
-        # Begun before the state is copied: its buffers may be given away once this returns.
+        leaves = snapshot.held(naming.named_leaves(state))
+        # Begun before the state is given away, which it may be once this returns.
         parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
         # Processes must add up theirs together, here; one alone may do so in the background.
         sums = fingerprint.finish(parts) if jax.process_count() > 1 else None
