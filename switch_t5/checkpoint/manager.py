@@ -148,15 +148,12 @@ class Checkpointer:
 
         if step in self._manager.all_steps():
             return False
-        leaves = snapshot.held(naming.named_leaves(state))
-        # Begun before the state is given away, which it may be once this returns.
-        parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
-        # Processes must add up theirs together, here; one alone may do so in the background.
-        sums = fingerprint.finish(parts) if jax.process_count() > 1 else None
+        leaves = naming.named_leaves(state)
+        copies = snapshot.held(leaves)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(naming.nest(leaves)),
+            state=ocp.args.PyTreeSave(naming.nest(copies)),
             data=ProcessBytesSave(data_state),
-            manifest=ManifestSave(lambda: fingerprint.finish(parts) if sums is None else sums),
+            manifest=ManifestSave(snapshot.fingerprints(leaves, copies)),
         )
         self._saving = step
         with self._save_errors():
