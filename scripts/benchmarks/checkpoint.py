@@ -9,7 +9,7 @@ peers in the same process, in turn with it:
 - *save blocks* is the time until a save returns, after which the step may overwrite the state, beside one copy of the
   same bytes into memory that is new, as a save's must be. How much longer the first step after it takes than a usual
   one stands beside it: a copy put off until then would show there, and so do the threads that write.
-- *save* runs until the checkpoint has its final name, beside one sequential write of as many bytes that ends with fsync.
+- *save* runs until the checkpoint has its final name, beside one sequential write of as many bytes that ends in fsync.
 - *restore* and *reshard* (onto four devices that share the experts) read files that the page cache has forgotten,
   beside one sequential read of as many bytes into one buffer, forgotten too.
 - *convert* is the command, with ``--verify``.

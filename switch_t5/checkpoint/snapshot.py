@@ -34,8 +34,8 @@ def held(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def fingerprints(leaves: Mapping[str, Any], copies: Mapping[str, Any]) -> Callable[[], dict[str, np.ndarray]]:
     """Starts the fingerprints of a state in the background.
 
-    Those of arrays that were not copied are begun at once, before their buffers are given away; of copies in turn, since
-    all together would take the threads that the next step runs in.
+    Those of arrays that were not copied are begun at once, before their buffers are given away; of copies in turn,
+    since all together would take the threads that the next step runs in.
 
     Args:
       leaves: the state's arrays by name.
