@@ -9,6 +9,7 @@ array on one host.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from switch_t5.types import Array
 
 _WEIGHT, _MIX = 0x9E3779B1, 0x85EBCA6B  # Odd constants of well spread bits.
 _CHUNK = 1 << 20
+_ROW = 1 << 13  # Entries that stay in a core's cache.
 
 
 Parts = list[Any]
@@ -71,18 +73,64 @@ def finish(parts: dict[str, Parts]) -> dict[str, np.ndarray]:
 def _part(shard: Array, offset: Array, shape: tuple[int, ...]) -> Array:
     """The sums of a shard whose first entry is at ``offset`` of an array of this shape."""
     bits = _bits(shard)
-    words = 2 if bits.ndim > len(shape) else 1
-    dims = (*shape, words) if words > 1 else shape
-    index = offset * np.uint32(words)
-    stride = 1
-    for dim in reversed(range(len(dims))):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * np.uint32(stride % (1 << 32))
-        stride *= dims[dim]
-    odd = 2 * index + 1
+    words = bits.shape[len(shape) :]
+    dims = (*shape, *words)
+    strides = np.cumprod([1, *reversed(dims)])[-2::-1].tolist()
+    first = offset * np.uint32(math.prod(words))
+    sums = jax.lax.platform_dependent(
+        bits,
+        first,
+        cpu=functools.partial(_by_rows, strides=strides),
+        default=functools.partial(_at_once, strides=strides),
+    )
+    return sums * np.array([1, _WEIGHT], np.uint32)
+
+
+def _at_once(bits: Array, first: Array, strides: list[int]) -> Array:
+    """Both sums of bits, the second without its factor, by one pass over all."""
+    odd = 2 * (first + _positions(bits.shape, strides)) + 1
+    return jnp.stack([jnp.sum(bits * odd, dtype=jnp.uint32), jnp.sum(_mixed(bits) * odd, dtype=jnp.uint32)])
+
+
+def _by_rows(bits: Array, first: Array, strides: list[int], row: int = _ROW) -> Array:
+    """As :func:`_at_once`, by a loop over rows: XLA:CPU vectorises sums into an array, not sums of an array."""
+    if not bits.ndim:
+        return _at_once(bits, first, strides)
+    at, split = _row_of(bits.shape, row)
+    rows, inner = (*bits.shape[:at], bits.shape[at] // split), (split, *bits.shape[at + 1 :])
+    starts = (first + _positions(rows, [*strides[:at], strides[at] * split])).reshape(-1)
+    positions = _positions(inner, strides[at:]).reshape(-1)
+    table = bits.reshape(starts.size, positions.size)
+
+    def add(row: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        odd = 2 * (starts[row] + positions) + 1
+        return sums[0] + table[row] * odd, sums[1] + _mixed(table[row]) * odd
+
+    zeros = jnp.zeros(positions.size, jnp.uint32)
+    sums = jax.lax.fori_loop(0, starts.size, add, (zeros, zeros))
+    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in sums])
+
+
+def _row_of(dims: tuple[int, ...], row: int) -> tuple[int, int]:
+    """The dim that rows of at most ``row`` entries divide, and how many of its entries are in one."""
+    at, inner = len(dims) - 1, 1
+    while at and inner * dims[at] <= row:
+        inner *= dims[at]
+        at -= 1
+    return at, math.gcd(dims[at], 1 << (row // inner).bit_length() - 1)
+
+
+def _positions(dims: tuple[int, ...], strides: list[int]) -> Array:
+    """The position of each entry of a block among all, modulo 2^32, from that of its first."""
+    positions = jnp.zeros(dims, jnp.uint32)
+    for dim, stride in enumerate(strides):
+        positions += jax.lax.broadcasted_iota(jnp.uint32, dims, dim) * np.uint32(stride % (1 << 32))
+    return positions
+
+
+def _mixed(bits: Array) -> Array:
     mixed = (bits ^ (bits >> 15)) * np.uint32(_MIX)
-    mixed = mixed ^ (mixed >> 13)
-    sums = [jnp.sum(bits * odd, dtype=jnp.uint32), jnp.sum(mixed * (odd * np.uint32(_WEIGHT)), dtype=jnp.uint32)]
-    return jnp.stack(sums)
+    return mixed ^ (mixed >> 13)
 
 
 def _bits(array: Array) -> Array:

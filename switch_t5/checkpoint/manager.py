@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from switch_t5.checkpoint import fingerprint, naming
+from switch_t5.checkpoint import fingerprint, naming, snapshot
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.checkpoint.writer_lock import WriterLock
@@ -149,14 +149,11 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return False
         leaves = naming.named_leaves(state)
-        # Begun before the state is copied: its buffers may be given away once this returns.
-        parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
-        # Processes must add up theirs together, here; one alone may do so in the background.
-        sums = fingerprint.finish(parts) if jax.process_count() > 1 else None
+        copies = snapshot.held(leaves)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(naming.nest(leaves)),
+            state=ocp.args.PyTreeSave(naming.nest(copies)),
             data=ProcessBytesSave(data_state),
-            manifest=ManifestSave(lambda: fingerprint.finish(parts) if sums is None else sums),
+            manifest=ManifestSave(snapshot.fingerprints(leaves, copies)),
         )
         self._saving = step
         with self._save_errors():

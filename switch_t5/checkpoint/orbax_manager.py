@@ -33,9 +33,8 @@ def make_manager(
     """
     _silence_orbax()
     more: dict[str, Any] = {} if registry is None else {"type_handler_registry": registry}
-    # Zarr's third version leaves out the compression of the second, which is slow and, on trained
-    # parameters, saves next to nothing.
-    arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, **more)
+    # Compression is slower than a disk and, on trained parameters, saves next to nothing.
+    arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **more)
     data = ProcessBytesHandler()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeSave, arrays)

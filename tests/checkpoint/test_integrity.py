@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from switch_t5.checkpoint import fingerprint
 from switch_t5.checkpoint.fingerprint import Running, as_text, begin, finish, of_numpy
 from switch_t5.checkpoint.formats import open_checkpoint
 from switch_t5.checkpoint.manager import Checkpointer
@@ -160,7 +161,7 @@ def test_failed_saves_are_told_tried_again_and_at_last_fatal(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int8", "bool", "int32"])
-@pytest.mark.parametrize("shape", [(), (7,), (4, 6, 8)])
+@pytest.mark.parametrize("shape", [(), (7,), (1 << 14,), (4, 6, 8), (4, 136, 200)])
 def test_a_fingerprint_is_the_same_on_the_host_and_on_any_mesh(shape, dtype):
     values = np.random.default_rng(0).standard_normal(shape) * 50
     array = values.astype(jnp.dtype(dtype))
@@ -173,10 +174,24 @@ def test_a_fingerprint_is_the_same_on_the_host_and_on_any_mesh(shape, dtype):
             assert as_text(finish({"a": begin(sharded)})["a"]) == expected
     running = Running()
     if len(shape) == 3:
-        for at in range(0, 6, 4):
-            index = (slice(0, 4), slice(at, min(6, at + 4)), slice(0, 8))
+        for at in range(0, shape[1], 4):
+            index = (slice(0, 4), slice(at, min(shape[1], at + 4)), slice(0, shape[2]))
             running.add_part(array[index], index, shape)
         assert as_text(running.sums) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), max_size=4),
+    st.lists(st.integers(1, 1 << 20), min_size=4, max_size=4),
+    st.integers(0, 1 << 20),
+)
+def test_rows_and_one_pass_add_up_to_the_same(dims, strides, first):
+    bits = jnp.asarray(np.random.default_rng(0).integers(0, 1 << 32, dims, np.uint32))
+    strides = strides[: len(dims)]
+    by_rows = fingerprint._by_rows(bits, jnp.uint32(first), strides, row=64)
+    at_once = fingerprint._at_once(bits, jnp.uint32(first), strides)
+    np.testing.assert_array_equal(by_rows, at_once)
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 from switch_t5.checkpoint.retention import CheckpointConfig
+from switch_t5.checkpoint.snapshot import held
 from switch_t5.errors import ConfigError, UserError
 
 AXES = ("data", "expert", "model")
@@ -216,6 +218,31 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
             "x": {0.0},
             "y": {0.0},
         }
+
+
+def test_a_save_holds_copies_of_what_lies_on_a_cpu(tmp_path):
+    state = {"x": jax.device_put(np.arange(64.0, dtype=np.float32), _sharding((4, 1, 1), "data"))}
+    copies = held(state)
+    assert copies["x"].sharding == state["x"].sharding
+    for shard, copy in zip(state["x"].addressable_shards, copies["x"].addressable_shards, strict=True):
+        assert shard.data.unsafe_buffer_pointer() != copy.data.unsafe_buffer_pointer()
+    _assert_same_bits(copies, state)
+
+
+def test_arrays_are_written_as_they_are_and_compressed_ones_of_earlier_versions_read(tmp_path, monkeypatch):
+    zeros = {"x": jnp.zeros((1 << 20,))}
+
+    def size(folder: Path) -> int:
+        with Checkpointer(folder) as checkpointer:
+            checkpointer.save(1, zeros, b"")
+            checkpointer.wait()
+            _assert_same_bits(checkpointer.restore(_abstract(zeros)).state, zeros)
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert size(tmp_path / "new") > 4 << 20
+    handler = ocp.PyTreeCheckpointHandler
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", lambda **more: handler(**more | {"use_compression": True}))
+    assert size(tmp_path / "old") < 1 << 16
 
 
 def test_a_step_is_saved_once(tmp_path):
