@@ -20,7 +20,6 @@ from jax import numpy as jnp
 
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
 from switch_t5.errors import UserError
-from switch_t5.storage import storage_errors
 
 INDEX = "checkpoint"
 VERSION = 3
@@ -174,27 +173,23 @@ def write_t5x(
       folder: an empty folder that nobody reads yet.
       arrays: by their names; of each its shape and dtype, and what makes it.
       scalars: arrays of one number, for the index.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
     """
     tree: dict[str, Any] = {}
-    with storage_errors(f"Writing {folder}", "what stood there before is untouched"):
-        for name, (array, produce) in arrays.items():
-            if math.prod(array.shape) == 1:
-                _insert(tree, name, _inline(produce(None)))
-                continue
-            spec = _specification(name, array)
-            place = {**spec, "kvstore": {"driver": "file", "path": f"{folder}/{spec['kvstore']['path']}"}}
-            store = ts.open(place, create=True, delete_existing=True, context=_UNSYNCED).result()
-            for index in writable_chunks(array.shape, tuple(spec["metadata"]["chunks"])):
-                store[index].write(produce(index)).result()
-            _insert(tree, name, spec)
-        for name, value in scalars.items():
-            _insert(tree, name, _inline(value))
-        packed = msgpack.packb({"version": VERSION, "optimizer": tree}, use_bin_type=True)
-        os.sync()  # Once, and not for each of thousands of files; the index is written when all else is on the disk.
-        key_value_store(folder).write(INDEX, packed).result()
+    for name, (array, produce) in arrays.items():
+        if math.prod(array.shape) == 1:
+            _insert(tree, name, _inline(produce(None)))
+            continue
+        spec = _specification(name, array)
+        place = {**spec, "kvstore": {"driver": "file", "path": f"{folder}/{spec['kvstore']['path']}"}}
+        store = ts.open(place, create=True, delete_existing=True, context=_UNSYNCED).result()
+        for index in writable_chunks(array.shape, tuple(spec["metadata"]["chunks"])):
+            store[index].write(produce(index)).result()
+        _insert(tree, name, spec)
+    for name, value in scalars.items():
+        _insert(tree, name, _inline(value))
+    packed = msgpack.packb({"version": VERSION, "optimizer": tree}, use_bin_type=True)
+    os.sync()  # Once, and not for each of thousands of files; the index is written when all else is on the disk.
+    key_value_store(folder).write(INDEX, packed).result()
 
 
 def _inline(value: np.ndarray) -> msgpack.ExtType:
