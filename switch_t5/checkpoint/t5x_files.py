@@ -126,11 +126,11 @@ def _described(path: str, name: str, leaf: Mapping[str, Any]) -> tuple[str, Stor
     dtype = leaf.get("dtype")
     if shape is None or chunk is None or len(shape) != len(chunk) or 0 in chunk or dtype not in _DTYPES:
         raise CheckpointDamaged(f"{path}/{INDEX} is damaged: it gives {name} shape {metadata.get('shape')!r}.")
-    if math.prod(shape) > 1 << 42 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
+    if math.prod(shape) > 1 << 42 or math.prod(chunk) > 1 << 32 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
         raise UserError(f"{path}/{INDEX} gives {name} the shape {shape}, larger than any model's: refused.")
     grid = np.ndindex(*map(_ceil, shape, chunk))
     chunks = [".".join(map(str, at)) for at in grid]
-    read = functools.partial(_read, path, folder, shape)
+    read = functools.partial(_read, path, folder, shape, chunk)
     return folder, StoredArray(shape, jnp.dtype(dtype), read), chunks
 
 
@@ -148,13 +148,16 @@ def _part(array: np.ndarray, index: Index) -> np.ndarray:
     return array[index]
 
 
-def _read(path: str, folder: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+def _read(path: str, folder: str, shape: tuple[int, ...], chunk: tuple[int, ...], index: Index) -> np.ndarray:
     try:
         store = ts.open(
             {"driver": "zarr", "kvstore": key_value_store(f"{path}/{folder}").spec().to_json()}, open=True, read=True
         ).result()
         if tuple(store.shape) != shape:
             raise ValueError(f"its shape is {tuple(store.shape)} and not {shape}")
+        chunks = tuple(store.chunk_layout.read_chunk.shape or ())
+        if chunks != chunk:  # tensorstore would take the room of a whole chunk, whatever its size, and abort.
+            raise ValueError(f"its chunks are {chunks} and not {chunk}")
         return store[index].read().result()
     except ValueError as error:
         raise CheckpointDamaged(f"{path}/{folder} is damaged ({str(error).splitlines()[0][:200]}).") from error
