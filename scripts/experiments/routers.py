@@ -21,18 +21,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from program import COMMON, TINY, emit, entries_of, flags, parse, train
 
 TOP_1_DECODER = (
     "TransformerConfig.decoder_moe=@decoder/MoEConfig()",
@@ -77,25 +75,7 @@ ROUTERS: dict[str, tuple[str, ...]] = {
 }
 """Each router as flags of gin, over the quickstart's ``top_k`` with one choice. Tests read it too."""
 
-COMMON = (
-    "VOCABULARY_PATH=bytes",
-    "TransformerConfig.vocab_size=384",
-    "NUM_EXPERT_PARTITIONS=1",
-    "NUM_MODEL_PARTITIONS=1",
-)
-"""What all runs change in the quickstart's file."""
-
-TINY = (
-    *COMMON,
-    "TransformerConfig.emb_dim=32",
-    "TransformerConfig.num_heads=2",
-    "TransformerConfig.head_dim=16",
-    "TransformerConfig.mlp_dim=64",
-    "NUM_EXPERTS=4",
-    "MoEConfig.group_size=128",
-    "BATCH_SIZE=8",
-    "TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}",
-)
+QUICK = (*COMMON, *TINY, "NUM_EXPERTS=4")
 """A model of seconds, for ``--quick`` and for the tests."""
 
 QUICK_ROUTERS = ("top_k", "dropless", "expert_choice")
@@ -104,21 +84,16 @@ AVERAGED = 10
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the routers that the flags ask for and prints the table."""
-    args, gin_flags = _parse(argv)
+    args, given = _parse(argv)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for router in args.routers:
             model_dir = Path(args.model_dir or scratch) / router
-            train(router, model_dir, args.steps, [*(TINY if args.quick else COMMON), f"SEED={args.seed}"], gin_flags)
+            settings = [*(QUICK if args.quick else COMMON), f"SEED={args.seed}", *ROUTERS[router], *given]
+            train(model_dir, args.steps, ("runs/quickstart.gin",), settings)
             rows.append({"router": router, "seed": args.seed, **measurements(model_dir)})
             print(f"{router}: {rows[-1]['steps']} steps, loss {rows[-1]['loss']:.4f}", file=sys.stderr, flush=True)
-    text = json.dumps(_writable(rows), indent=1)
-    if args.json == "-":
-        print(text)
-    else:
-        print(table(rows))
-        if args.json:
-            Path(args.json).write_text(text + "\n")
+    emit(rows, table(rows), args.json)
     sentence = not_finite(rows)
     if sentence:
         print(sentence, file=sys.stderr)
@@ -126,49 +101,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = flags(__doc__)
     parser.add_argument("--routers", help=f"some of {','.join(ROUTERS)}; all by default")
     parser.add_argument("--steps", type=int, help="of each run, 200 by default")
     parser.add_argument("--seed", type=int, default=0, help="of parameters, noise and the order of the text")
-    parser.add_argument("--model_dir", help="where the runs are kept, each in a folder by its router's name")
-    parser.add_argument("--quick", action="store_true", help="a few routers on a tiny model, to see that it runs")
-    parser.add_argument("--json", help="where to write the rows; - is standard output")
-    args, gin_flags = parser.parse_known_args(argv)
-    for flag in gin_flags:
-        if not flag.startswith("--gin."):
-            parser.error(f"{flag} is not a flag of this script.")
+    args, given = parse(parser, argv)
     args.steps = args.steps or (12 if args.quick else 200)
     args.routers = args.routers.split(",") if args.routers else list(QUICK_ROUTERS if args.quick else ROUTERS)
     for router in args.routers:
         if router not in ROUTERS:
             parser.error(f"There is no router {router!r} here; choose from {', '.join(ROUTERS)}.")
-    return args, gin_flags
-
-
-def train(router: str, model_dir: Path, steps: int, settings: Iterable[str], gin_flags: Iterable[str]) -> None:
-    """Trains one model by the program itself; ends the script where that fails."""
-    run = (
-        f"MODEL_DIR={model_dir}",
-        f"TRAIN_STEPS={steps}",
-        f"LOG_PERIOD={max(1, steps // 40)}",
-        "EVAL_PERIOD=0",
-        "CHECKPOINT_PERIOD=0",
-        "TrainConfig.eval_batches=16",
-        "NUM_CPU_DEVICES=1",
-    )
-    flags = [f"--gin.{setting}" for setting in (*settings, *ROUTERS[router], *run)]
-    command = [sys.executable, "-m", "switch_t5", "train", "--gin_file=runs/quickstart.gin", *flags, *gin_flags]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{done.stderr}\nThe run of {router} ended with exit code {done.returncode}.")
+    return args, given
 
 
 def measurements(model_dir: Path) -> dict[str, Any]:
     """A row, from what a run wrote: ``metrics.jsonl``, and the times and the experts' loads of TensorBoard's file."""
-    entries = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
-    logged = [entry for entry in entries if "task" not in entry]
-    evaluations = [entry for entry in entries if "task" in entry]
+    logged, evaluations = entries_of(model_dir)
     last = logged[-AVERAGED:]
     times, largest_loads = _from_tensorboard(model_dir / "tensorboard")
     laps = [(after - before) / (step - first) for (first, before), (step, after) in itertools.pairwise(times.items())]
@@ -222,15 +170,6 @@ def not_finite(rows: list[dict[str, Any]]) -> str:
     }
     found = [f"{router} at step {min(when)}" for router, when in steps.items() if when]
     return f"The loss is not finite: {', '.join(found)}." if found else ""
-
-
-def _writable(value: Any) -> Any:
-    """With the numbers that JSON lacks as texts, as in ``metrics.jsonl``."""
-    if isinstance(value, dict):
-        return {key: _writable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_writable(item) for item in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 
 STACKS = ("encoder", "decoder")
@@ -66,6 +67,29 @@ class Architecture:
             relpos_per_layer=config.relpos_per_layer,
         )
 
+    def config(self, moe: MoEConfig | None = None) -> TransformerConfig:
+        """A configuration of this architecture, in float32.
+
+        Args:
+          moe: the sparse layers, for a model that has some; its experts are as many as the architecture's.
+        """
+        return TransformerConfig(
+            vocab_size=self.vocab_size,
+            emb_dim=self.emb_dim,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            mlp_dim=self.mlp_dim,
+            num_encoder_layers=len(self.encoder),
+            num_decoder_layers=len(self.decoder),
+            mlp_activations=_activations(self.gated),
+            tied_logits=self.tied_logits,
+            relpos_num_buckets=self.relpos_num_buckets,
+            relpos_per_layer=self.relpos_per_layer,
+            moe=moe if any(self.encoder + self.decoder) else None,
+            encoder_sparse_layers=_layout(self.encoder),
+            decoder_sparse_layers=_layout(self.decoder),
+        )
+
     def blocks(self, stack: str) -> tuple[bool, ...]:
         """For each block of a stack, whether its feed-forward is sparse."""
         return self.encoder if stack == "encoder" else self.decoder
@@ -113,7 +137,7 @@ class Architecture:
             "TransformerConfig.mlp_dim": self.mlp_dim,
             "TransformerConfig.num_encoder_layers": len(self.encoder),
             "TransformerConfig.num_decoder_layers": len(self.decoder),
-            "TransformerConfig.mlp_activations": ("gelu", "linear") if self.gated else ("relu",),
+            "TransformerConfig.mlp_activations": _activations(self.gated),
             "TransformerConfig.tied_logits": self.tied_logits,
             "TransformerConfig.relpos_num_buckets": self.relpos_num_buckets,
         }
@@ -141,6 +165,10 @@ class Architecture:
         elif self.encoder_experts or self.decoder_experts:
             lines.append("TransformerConfig.moe = @MoEConfig()")
         return "\n".join(lines) + "\n"
+
+
+def _activations(gated: bool) -> tuple[str, ...]:
+    return ("gelu", "linear") if gated else ("relu",)
 
 
 def _layout(pattern: tuple[bool, ...]) -> int | str | tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -25,7 +26,7 @@ from switch_t5.checkpoint.stored_arrays import Index, StoredArray, writable_chun
 from switch_t5.checkpoint.streamed_save import save_streamed
 from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
 from switch_t5.errors import UserError
-from switch_t5.storage import writable_directory
+from switch_t5.storage import storage_errors, writable_directory
 
 CERTIFICATE = "conversion.json"
 _PIECE = 1 << 26
@@ -72,10 +73,13 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     arrays = {name: _array(source, entry, dtype) for name, entry in places.items()}
     step = source.reader.checkpoint.step or 0
     path = {NATIVE: Path(to), T5X: Path(to) / f"{FOLDER}{step}", HUGGING_FACE: Path(to)}[form]
-    occupied = path.exists() and any(path.iterdir())
-    if occupied:
-        raise UserError(f"--to={to}: {path} is there already and not empty: name another folder, or remove it.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise _occupied(path)
     return Target(path, form, places, arrays, moments is not None)
+
+
+def _occupied(path: Path) -> UserError:
+    return UserError(f"--to: {path} is there already and not empty: name another folder, or remove it.")
 
 
 def _layout(architecture: Architecture, form: str, scanned: bool) -> tuple[Layout, dict[str, int]]:
@@ -117,37 +121,52 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
       The certificate: what was read and written, and the fingerprint of each array that was written.
 
     Raises:
-      UserError: the disk is full or cannot be written; nothing is left.
+      UserError: the disk is full or cannot be written, or another conversion was there first; nothing is left.
     """
     writable_directory(target.path.parent, "--to")
     partial = target.path.with_name(f".{target.path.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
-    sums: dict[str, str] = {}
-    recorded = {name: _recording(name, array, sums) for name, array in target.arrays.items()}
-    step = source.reader.checkpoint.step or 0
     try:
-        if target.format == T5X:
-            scalars = {t5x.STEP: np.array(step, np.int32)}
-            scalars |= t5x.placeholders(target.places) if target.optimizer else {}
-            write_t5x(str(partial), recorded, scalars)
-        elif target.format == HUGGING_FACE:
-            dtype = next(iter(target.arrays.values())).dtype.name
-            write_huggingface(partial, huggingface.config_of(source.architecture, dtype), recorded)
-            if tokenizer is not None:
-                shutil.copy(tokenizer, partial / "spiece.model")
-        else:
-            scalars = {native_layout.STEP: step} | ({native_layout.COUNT: step} if target.optimizer else {})
-            save_streamed(partial, step, recorded, {name: np.array(value, np.int32) for name, value in scalars.items()})
-            (partial / "model.gin").write_text(source.architecture.gin())
-        certificate = _certificate(source, target, sums)
-        (partial / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
-        if target.path.exists():
-            target.path.rmdir()
-        partial.rename(target.path)
+        with storage_errors(f"Writing {target.path}", "what stood there before is untouched"):
+            certificate = _fill(partial, source, target, tokenizer)
+            _put_in_place(partial, target.path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return certificate
+
+
+def _fill(partial: Path, source: Recognised, target: Target, tokenizer: Path | None) -> dict[str, Any]:
+    """Writes all files of the target into an empty folder, and returns the certificate."""
+    sums: dict[str, str] = {}
+    recorded = {name: _recording(name, array, sums) for name, array in target.arrays.items()}
+    step = source.reader.checkpoint.step or 0
+    if target.format == T5X:
+        scalars = {t5x.STEP: np.array(step, np.int32)}
+        scalars |= t5x.placeholders(target.places) if target.optimizer else {}
+        write_t5x(str(partial), recorded, scalars)
+    elif target.format == HUGGING_FACE:
+        dtype = next(iter(target.arrays.values())).dtype.name
+        write_huggingface(partial, huggingface.config_of(source.architecture, dtype), recorded)
+        if tokenizer is not None:
+            shutil.copy(tokenizer, partial / "spiece.model")
+    else:
+        scalars = {native_layout.STEP: step} | ({native_layout.COUNT: step} if target.optimizer else {})
+        save_streamed(partial, step, recorded, {name: np.array(value, np.int32) for name, value in scalars.items()})
+        (partial / "model.gin").write_text(source.architecture.gin())
+    certificate = _certificate(source, target, sums)
+    (partial / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+    return certificate
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Renames, which takes the place of nothing or of an empty folder: of two that write there, the first one stays."""
+    try:
+        partial.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _occupied(path) from error
+        raise
 
 
 Produce = Callable[[Index | None], np.ndarray]
@@ -181,13 +200,21 @@ def _certificate(source: Recognised, target: Target, sums: Mapping[str, str]) ->
     }
 
 
-def compare(source: Recognised, written: Recognised) -> dict[str, Any]:
-    """Compares what was written, read anew, with its source, parameter by parameter.
+def compare(source: Recognised, written: Recognised, dtype: str | None = None) -> dict[str, Any]:
+    """Compares what was written, read anew, with its source, parameter by parameter, moments too.
+
+    Args:
+      source: what was converted.
+      written: what was written, opened anew.
+      dtype: what the parameters were cast to; None where they were not.
 
     Returns:
-      ``arrays`` compared, ``worst_absolute`` and ``worst_relative`` differences (0 where nothing was cast).
+      ``arrays`` compared, ``worst_absolute`` and ``worst_relative`` differences (of two numbers, and as a share of the
+      largest of a piece of the array), and the ``bound`` of the latter: 0 where nothing was cast.
     """
-    worst = {"arrays": 0, "worst_absolute": 0.0, "worst_relative": 0.0}
+    worst = {"arrays": 0, "worst_absolute": 0.0, "worst_relative": 0.0, "bound": 0.0}
+    if dtype is not None:
+        worst["bound"] = float(jnp.finfo(dtype).eps) / 2
     architecture = source.architecture
     kept = written.moments if written.moments else None
     layout = native_layout.layout_of(architecture, scan_layers=False)
@@ -196,13 +223,19 @@ def compare(source: Recognised, written: Recognised) -> dict[str, Any]:
             one, other = (
                 convert(side.reader, entry, architecture, index).astype(np.float64) for side in (source, written)
             )
-            difference = np.abs(one - other)
-            size = float(np.abs(one).max(initial=0.0))
-            absolute = float(difference.max(initial=0.0))
+            absolute, size = _worst(one, other), float(np.abs(one).max(initial=0.0))
             worst["worst_absolute"] = max(worst["worst_absolute"], absolute)
             worst["worst_relative"] = max(worst["worst_relative"], absolute / size if size else absolute)
         worst["arrays"] += 1
     return worst
+
+
+def _worst(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference; numbers that are not finite must be the same ones, or they differ without bound."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(one - other)
+    alike = (one == other) | (np.isnan(one) & np.isnan(other))
+    return float(np.nan_to_num(np.where(alike, 0.0, difference), nan=np.inf).max(initial=0.0))
 
 
 @functools.cache

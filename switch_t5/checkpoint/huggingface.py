@@ -72,9 +72,15 @@ def layout_of(architecture: Architecture) -> Layout:
 
 
 def sparse_pattern(num_layers: int, num_sparse: int) -> tuple[bool, ...]:
-    """Which blocks transformers makes sparse of a configuration's numbers."""
-    step = max(1, num_layers // num_sparse) if num_sparse > 0 else num_layers
-    return tuple(step == 1 or index % step == 1 for index in range(num_layers))
+    """Which blocks transformers makes sparse of a configuration's numbers: none where it asks for more than all."""
+    step = num_layers // num_sparse if num_sparse > 0 else num_layers
+    return tuple(step > 0 and (step == 1 or index % step == 1) for index in range(num_layers))
+
+
+def _sparse_count(blocks: tuple[bool, ...]) -> int | None:
+    """The number of which transformers makes these blocks sparse; None where there is none."""
+    counts = range(len(blocks) + 1, 0, -1)
+    return next((count for count in counts if sparse_pattern(len(blocks), count) == blocks), None)
 
 
 def architecture_of(config: Mapping[str, Any], path: str) -> Architecture:
@@ -168,18 +174,19 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
         return config | {"feed_forward_proj": "gated-gelu" if architecture.gated else "relu", "dropout_rate": 0.0}
     if architecture.gated:
         raise UserError("Hugging Face's Switch Transformers have no gated feed-forwards, and this model has.")
-    counts = {stack: sum(architecture.blocks(stack)) for stack in STACKS}
-    for stack in STACKS:
-        blocks = architecture.blocks(stack)
-        if sparse_pattern(len(blocks), counts[stack]) != blocks:
+    counts = {stack: _sparse_count(architecture.blocks(stack)) for stack in STACKS}
+    for stack, count in counts.items():
+        if count is None:
+            blocks = architecture.blocks(stack)
             raise UserError(
                 f"Hugging Face's Switch Transformers cannot have the sparse {stack} blocks "
                 f"{[index for index, sparse_block in enumerate(blocks) if sparse_block]} of {len(blocks)}."
             )
-    if architecture.encoder_experts != architecture.decoder_experts:
+    experts = {architecture.experts(stack) for stack in STACKS if any(architecture.blocks(stack))}
+    if len(experts) > 1:
         raise UserError("Hugging Face's Switch Transformers have as many experts in encoder and decoder.")
     return config | {
-        "num_experts": architecture.encoder_experts,
+        "num_experts": experts.pop(),
         "num_sparse_encoder_layers": counts["encoder"],
         "num_sparse_decoder_layers": counts["decoder"],
         "router_bias": False,

@@ -16,7 +16,6 @@ from jax import numpy as jnp
 
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
 from switch_t5.errors import UserError
-from switch_t5.storage import storage_errors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -129,9 +128,6 @@ def write_huggingface(
       config: the model's description.
       arrays: by their names; of each its shape and dtype, and what makes it or a part of it.
       shard_bytes: the size that a shard stays below, unless one array is larger.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -141,17 +137,16 @@ def write_huggingface(
             size = 0
         shards[-1].append(name)
         size += array.nbytes
-    with storage_errors(f"Writing {folder}", "what stood there before is untouched"):
-        where = {}
-        for number, names in enumerate(shards, 1):
-            file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            _write_shard(folder / file, {name: arrays[name] for name in names})
-            where |= dict.fromkeys(names, file)
-        if len(shards) > 1:
-            total = sum(array.nbytes for array, _ in arrays.values())
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+    where = {}
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(folder / file, {name: arrays[name] for name in names})
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(array.nbytes for array, _ in arrays.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
 def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Callable[[Index | None], np.ndarray]]]) -> None:

@@ -20,7 +20,6 @@ from switch_t5.checkpoint.orbax_manager import make_manager
 from switch_t5.checkpoint.process_bytes import ProcessBytesSave
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import Index, StoredArray, writable_chunks
-from switch_t5.storage import storage_errors
 
 _CHUNK_BYTES = 1 << 26
 
@@ -75,9 +74,6 @@ def save_streamed(
       step: of the checkpoint.
       arrays: by their names; of each its shape and dtype, and what makes a part of it.
       scalars: small arrays.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
     """
     leaves = {name: _Streamed(array.shape, array.dtype, produce) for name, (array, produce) in arrays.items()}
     for name, value in scalars.items():
@@ -94,8 +90,7 @@ def save_streamed(
     directory.mkdir()
     manager = make_manager(directory, CheckpointConfig(), read_only=False, registry=registry)
     try:
-        with storage_errors(f"Writing {model_dir}", "what stood there before is untouched"):
-            manager.save(step, args=items, force=True)
-            manager.wait_until_finished()
+        manager.save(step, args=items, force=True)
+        manager.wait_until_finished()
     finally:
         manager.close()

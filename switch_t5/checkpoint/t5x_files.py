@@ -20,7 +20,6 @@ from jax import numpy as jnp
 
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
 from switch_t5.errors import UserError
-from switch_t5.storage import storage_errors
 
 INDEX = "checkpoint"
 VERSION = 3
@@ -127,11 +126,11 @@ def _described(path: str, name: str, leaf: Mapping[str, Any]) -> tuple[str, Stor
     dtype = leaf.get("dtype")
     if shape is None or chunk is None or len(shape) != len(chunk) or 0 in chunk or dtype not in _DTYPES:
         raise CheckpointDamaged(f"{path}/{INDEX} is damaged: it gives {name} shape {metadata.get('shape')!r}.")
-    if math.prod(shape) > 1 << 42 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
+    if math.prod(shape) > 1 << 42 or math.prod(chunk) > 1 << 32 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
         raise UserError(f"{path}/{INDEX} gives {name} the shape {shape}, larger than any model's: refused.")
     grid = np.ndindex(*map(_ceil, shape, chunk))
     chunks = [".".join(map(str, at)) for at in grid]
-    read = functools.partial(_read, path, folder, shape)
+    read = functools.partial(_read, path, folder, shape, chunk)
     return folder, StoredArray(shape, jnp.dtype(dtype), read), chunks
 
 
@@ -149,13 +148,16 @@ def _part(array: np.ndarray, index: Index) -> np.ndarray:
     return array[index]
 
 
-def _read(path: str, folder: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+def _read(path: str, folder: str, shape: tuple[int, ...], chunk: tuple[int, ...], index: Index) -> np.ndarray:
     try:
         store = ts.open(
             {"driver": "zarr", "kvstore": key_value_store(f"{path}/{folder}").spec().to_json()}, open=True, read=True
         ).result()
         if tuple(store.shape) != shape:
             raise ValueError(f"its shape is {tuple(store.shape)} and not {shape}")
+        chunks = tuple(store.chunk_layout.read_chunk.shape or ())
+        if chunks != chunk:  # tensorstore would take the room of a whole chunk, whatever its size, and abort.
+            raise ValueError(f"its chunks are {chunks} and not {chunk}")
         return store[index].read().result()
     except ValueError as error:
         raise CheckpointDamaged(f"{path}/{folder} is damaged ({str(error).splitlines()[0][:200]}).") from error
@@ -174,27 +176,23 @@ def write_t5x(
       folder: an empty folder that nobody reads yet.
       arrays: by their names; of each its shape and dtype, and what makes it.
       scalars: arrays of one number, for the index.
-
-    Raises:
-      UserError: the disk is full or cannot be written.
     """
     tree: dict[str, Any] = {}
-    with storage_errors(f"Writing {folder}", "what stood there before is untouched"):
-        for name, (array, produce) in arrays.items():
-            if math.prod(array.shape) == 1:
-                _insert(tree, name, _inline(produce(None)))
-                continue
-            spec = _specification(name, array)
-            place = {**spec, "kvstore": {"driver": "file", "path": f"{folder}/{spec['kvstore']['path']}"}}
-            store = ts.open(place, create=True, delete_existing=True, context=_UNSYNCED).result()
-            for index in writable_chunks(array.shape, tuple(spec["metadata"]["chunks"])):
-                store[index].write(produce(index)).result()
-            _insert(tree, name, spec)
-        for name, value in scalars.items():
-            _insert(tree, name, _inline(value))
-        packed = msgpack.packb({"version": VERSION, "optimizer": tree}, use_bin_type=True)
-        os.sync()  # Once, and not for each of thousands of files; the index is written when all else is on the disk.
-        key_value_store(folder).write(INDEX, packed).result()
+    for name, (array, produce) in arrays.items():
+        if math.prod(array.shape) == 1:
+            _insert(tree, name, _inline(produce(None)))
+            continue
+        spec = _specification(name, array)
+        place = {**spec, "kvstore": {"driver": "file", "path": f"{folder}/{spec['kvstore']['path']}"}}
+        store = ts.open(place, create=True, delete_existing=True, context=_UNSYNCED).result()
+        for index in writable_chunks(array.shape, tuple(spec["metadata"]["chunks"])):
+            store[index].write(produce(index)).result()
+        _insert(tree, name, spec)
+    for name, value in scalars.items():
+        _insert(tree, name, _inline(value))
+    packed = msgpack.packb({"version": VERSION, "optimizer": tree}, use_bin_type=True)
+    os.sync()  # Once, and not for each of thousands of files; the index is written when all else is on the disk.
+    key_value_store(folder).write(INDEX, packed).result()
 
 
 def _inline(value: np.ndarray) -> msgpack.ExtType:

@@ -24,13 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default as they are")
     parser.add_argument("--scanned", action="store_true", help="stack blocks for a scan, in our format or T5X's")
     parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece model to lie beside a Hugging Face model")
-    parser.add_argument("--verify", action="store_true", help="read what was written and compare it with the source")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read what was written and compare it with the source; exits with 1 where they differ too much",
+    )
     add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts; prints the certificate's summary and returns 0."""
-    from switch_t5.checkpoint.conversion import compare, plan, write
+    """Converts, and prints the certificate's summary.
+
+    Returns:
+      0; or 1 where ``--verify`` found a difference beyond its bound.
+    """
+    from switch_t5.checkpoint.conversion import plan, write
     from switch_t5.checkpoint.formats import HUGGING_FACE, read_checkpoint
 
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
@@ -41,11 +49,28 @@ def run(args: argparse.Namespace) -> int:
     target = plan(source, args.to, args.format, dtype=args.dtype, scanned=args.scanned)
     certificate = write(source, target, tokenizer=tokenizer)
     if args.verify:
-        certificate["verified"] = compare(source, read_checkpoint(str(target.path)))
+        certificate["verified"] = _verify(source, target.path, args.dtype)
         _rewrite(target.path, certificate)
     _summarise(certificate)
     write_json(certificate, args.json)
-    return 0
+    return 0 if certificate.get("verified", {"passed": True})["passed"] else 1
+
+
+def _verify(source: Recognised, path: Path, dtype: str | None) -> dict[str, Any]:
+    """What the certificate says of the result, read anew: of its arrays, of its logits, and whether both are right."""
+    from switch_t5.checkpoint.conversion import compare
+    from switch_t5.checkpoint.formats import read_checkpoint
+    from switch_t5.checkpoint.live_comparison import compare_logits
+
+    written = read_checkpoint(str(path))
+    verified = compare(source, written, dtype)
+    logits = compare_logits(source, written, dtype)
+    passed = all(_within(found) for found in (verified, logits) if "bound" in found)
+    return {**verified, "logits": logits, "passed": passed}
+
+
+def _within(found: dict[str, Any]) -> bool:
+    return found["worst_relative"] <= found["bound"]  # Not so for a NaN.
 
 
 def _check_source(source: Recognised) -> None:
@@ -72,8 +97,18 @@ def _summarise(certificate: dict[str, Any]) -> None:
     ]
     if "verified" in certificate:
         verified = certificate["verified"]
-        lines.append(
-            f"read again: {verified['arrays']:,} arrays, worst difference {verified['worst_absolute']:.3g} absolute, "
-            f"{verified['worst_relative']:.3g} relative"
-        )
+        logits = verified["logits"]
+        lines.append(_differences(f"read again: {verified['arrays']:,} arrays", verified))
+        if "bound" in logits:
+            lines.append(_differences(f"{logits['software']}: logits of {logits['tokens']} tokens", logits))
+        else:
+            lines.append(f"transformers was not run: {logits['left_out']}.")
     print("\n".join(lines), file=sys.stderr)
+
+
+def _differences(what: str, found: dict[str, Any]) -> str:
+    verdict = "within" if _within(found) else "BEYOND"
+    return (
+        f"{what}, worst difference {found['worst_absolute']:.3g} absolute, {found['worst_relative']:.3g} relative, "
+        f"{verdict} {found['bound']:.3g}"
+    )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pytest
 
 from switch_t5.checkpoint.conversion import plan, write
 from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.errors import UserError
 from tests.checkpoint.test_conversion import SWITCH, converted, saved, state_of
@@ -29,6 +34,19 @@ def sources(tmp_path_factory) -> dict[str, Path]:
         "huggingface": converted(run, folder / "hf", "huggingface"),
         "run": run,
     }
+
+
+@pytest.fixture(autouse=True)
+def untouched(sources) -> Iterator[None]:
+    """Whatever a test does with copies or as a source, these stay as they are."""
+    before = {path: contents(path) for path in sources.values()}
+    yield
+    assert {path: contents(path) for path in sources.values()} == before
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 @pytest.fixture
@@ -177,7 +195,14 @@ def test_a_missing_shard_is_named_with_an_array_of_it(hugging_face):
 
 
 @pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])
-def test_no_space_half_way_leaves_nothing_and_the_source_untouched(sources, tmp_path, monkeypatch, form):
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, r"\(No space left on device\): make room there"),
+        (errno.EROFS, r"\(Read-only file system\): name a folder that can be written"),
+    ],
+)
+def test_a_disk_that_fails_half_way_leaves_nothing(sources, tmp_path, form, number, sentence):
     source = read_checkpoint(str(sources["run"]))
     target = plan(source, str(tmp_path / "to"), form, dtype=None, scanned=False)
     arrays: dict[str, Any] = dict(target.arrays)
@@ -187,13 +212,101 @@ def test_no_space_half_way_leaves_nothing_and_the_source_untouched(sources, tmp_
         def read(index, array=array):
             made.append(1)
             if len(made) > 20:
-                raise OSError(28, "No space left on device")
+                raise OSError(number, "met on the way")
             return array.read(index)
 
         arrays[name] = type(array)(array.shape, array.dtype, read)
     target = dataclasses.replace(target, arrays=arrays)
-    before = {path: path.stat().st_mtime_ns for path in sources["run"].rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"Writing .* failed \(No space left on device\): make room there"):
+    with pytest.raises(UserError, match=rf"Writing {tmp_path}/.* failed {sentence}"):
         write(source, target)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])
+def test_a_target_that_is_a_file_or_below_one_is_named(sources, tmp_path, form):
+    (tmp_path / "file").write_text("mine")
+    source = read_checkpoint(str(sources["run"]))
+    with pytest.raises(UserError, match=r"is there already|cannot be written \((File exists|Not a directory)\)"):
+        write(source, plan(source, str(tmp_path / "file"), form, dtype=None, scanned=False))
+    with pytest.raises(UserError, match=r"--to .*/file.* cannot be written \((File exists|Not a directory)\)"):
+        write(source, plan(source, str(tmp_path / "file" / "x"), form, dtype=None, scanned=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from switch_t5.checkpoint.manager import Checkpointer
+from switch_t5.cli.main import main
+from switch_t5.errors import UserError
+
+source, disk = sys.argv[1:]
+for form in ("native", "t5x", "huggingface"):
+    print(main(["convert", f"--from={source}", f"--to={disk}/{form}", f"--format={form}"]))
+try:
+    Checkpointer(Path(disk) / "run")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_disk_is_one_sentence(sources, tmp_path):
+    """A real one, since permissions are nothing to root: mounted where only this test's process sees it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    prefix += [f'mount -t tmpfs -o ro tmpfs "{disk}" && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("mounting a read-only disk needs user namespaces")
+    command = [*prefix, sys.executable, "-c", READ_ONLY, str(sources["run"]), str(disk)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    refused = "cannot be written (Read-only file system): name a folder that can."
+    *codes, of_save = result.stdout.splitlines()
+    assert codes == ["2", "2", "2"]
+    assert of_save.startswith(f"MODEL_DIR {disk}/run") and of_save.endswith(refused)
+    said = [line for line in result.stderr.splitlines() if "--to" in line]
+    assert len(said) == 3 and all(line.endswith(refused) for line in said)
+
+
+@pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])
+def test_of_two_conversions_into_one_folder_the_first_stays(sources, tmp_path, form):
+    source, to = read_checkpoint(str(sources["run"])), tmp_path / "to"
+    first, second = (plan(source, str(to), form, dtype=None, scanned=False) for _ in range(2))
+    write(source, first)
+    written = contents(to)
+    with pytest.raises(UserError, match=r"is there already and not empty"):
+        write(source, second)
+    assert contents(to) == written
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_a_conversion_into_the_folder_of_a_run_under_way_is_refused(sources, tmp_path):
+    source = read_checkpoint(str(sources["run"]))
+    with Checkpointer(tmp_path / "run"), pytest.raises(UserError, match="is there already and not empty"):
+        plan(source, str(tmp_path / "run"), "native", dtype=None, scanned=False)
+
+
+def test_a_safetensors_file_of_hundreds_of_gigabytes_is_refused_by_its_header(hugging_face):
+    """The file keeps what its header promises, as a hole that takes no room: nothing of it may be read for that."""
+    file = hugging_face / "model.safetensors"
+    content = file.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    described = json.loads(content[8 : 8 + size])
+    last = max((name for name in described if name != "__metadata__"), key=lambda name: described[name]["data_offsets"])
+    begin = described[last]["data_offsets"][0]
+    described[last] |= {"shape": [1 << 36], "data_offsets": [begin, begin + (4 << 36)]}
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(header(len(text), text) + content[8 + size :])
+    os.truncate(file, 8 + len(text) + begin + (4 << 36))
+    with pytest.raises(UserError, match=rf"holds {last} of shape \({1 << 36},\), where .* has"):
+        read_checkpoint(str(hugging_face))
+
+
+@pytest.mark.parametrize("change", [{"shape": [1 << 40, 1 << 20]}, {"chunks": [1 << 30, 1 << 28]}])
+def test_a_zarr_header_of_an_absurd_size_is_refused_when_the_array_is_read(t5x, change):
+    file = t5x / "target.token_embedder.embedding" / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointDamaged, match=r"target\.token_embedder\.embedding is damaged"):
+        read_checkpoint(str(t5x)).reader.stored("embedding")[0].whole()

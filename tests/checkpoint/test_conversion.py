@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.conversion import CERTIFICATE, compare, plan, write
 from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.huggingface import architecture_of, config_of, sparse_pattern
 from switch_t5.checkpoint.load import load_params, load_state
 from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.errors import UserError
@@ -174,3 +176,23 @@ def test_a_checkpoint_of_another_architecture_is_told_with_the_gin_that_fits(tmp
     with pytest.raises(UserError, match=r"MoEConfig\.num_experts is 3 in the checkpoint and 5 here") as caught:
         load_params(str(there), other, abstract(Model(other).abstract_params))
     assert "--gin.MoEConfig.num_experts=3" in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [DENSE, GATED, SWITCH, EVERY, OWN_BIAS])
+def test_a_configuration_made_of_an_architecture_has_it(config):
+    architecture = Architecture.of(config)
+    assert Architecture.of(architecture.config(config.moe)) == architecture
+
+
+def test_every_pattern_of_sparse_blocks_that_transformers_makes_is_written_as_a_number_that_makes_it():
+    dense = dataclasses.replace(Architecture.of(DENSE), encoder_experts=3)
+    patterns = {sparse_pattern(blocks, count) for blocks in range(1, 13) for count in range(blocks + 2)}
+    assert {
+        (False, True, False, False, True, False, False, True, False, False, True),
+        (True,),
+        (False, False),
+    } <= patterns
+    for pattern in patterns:
+        if any(pattern):
+            architecture = dataclasses.replace(dense, encoder=pattern)
+            assert architecture_of(config_of(architecture, "float32"), "here") == architecture

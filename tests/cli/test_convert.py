@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
+from switch_t5.checkpoint import conversion
 from switch_t5.cli.main import main
 from tests.checkpoint.test_conversion import SWITCH, saved, state_of
 
@@ -34,6 +37,44 @@ def test_a_checkpoint_goes_through_every_format_and_is_the_same(run_folder, tmp_
         assert seen["dtypes"] == {"float32": sum(seen["dtypes"].values())}
         # The optimizer's state got lost in Hugging Face's format, which has no place for it.
         assert seen["optimizer"] == ("adafactor" if source in (run_folder, tmp_path / "t5x") else None)
+
+
+def verified(run_folder: Path, to: Path, capsys, *more: str) -> tuple[int, dict, str]:
+    words = ["convert", f"--from={run_folder}", f"--to={to}", "--format=huggingface", "--verify", *more]
+    code, captured = main(words), capsys.readouterr()
+    return code, json.loads((to / conversion.CERTIFICATE).read_text())["verified"], captured.err
+
+
+def test_without_transformers_the_arrays_are_compared_and_the_certificate_says_so(
+    run_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, found, said = verified(run_folder, tmp_path / "same", capsys)
+    assert code == 0
+    assert found["passed"] and found["worst_absolute"] == found["worst_relative"] == found["bound"] == 0
+    assert found["logits"]["left_out"].startswith("torch and transformers cannot be imported (")
+    assert "transformers was not run: torch and transformers cannot be imported" in said
+    code, found, _ = verified(run_folder, tmp_path / "cast", capsys, "--dtype=bfloat16")
+    assert (code, found["bound"]) == (0, 2**-8)
+    assert 0 < found["worst_relative"] < 2**-8
+
+
+def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, capsys, monkeypatch):
+    def write(*args, **more):
+        certificate = conversion_write(*args, **more)
+        file = tmp_path / "to" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 0x40  # Of the last number's exponent.
+        file.write_bytes(content)
+        return certificate
+
+    conversion_write = conversion.write
+    monkeypatch.setattr(conversion, "write", write)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, found, said = verified(run_folder, tmp_path / "to", capsys)
+    assert code == 1
+    assert not found["passed"] and found["worst_absolute"] > 0
+    assert "BEYOND 0" in said
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from scripts.experiments import routers as script
-from scripts.experiments.routers import ROUTERS, TINY
+from scripts.experiments.routers import QUICK, ROUTERS
 from switch_t5.cli.build import ROOTS, Run, RunSpec
 from switch_t5.cli.configuration import Configuration
 from switch_t5.data.pipeline import BatchIterator
@@ -33,7 +33,7 @@ ATOL_DROPPED = 0.01
 
 def spec_of(router: str) -> RunSpec:
     settings = ("MODEL_DIR=unused", f"TRAIN_STEPS={STEPS}", "MeshConfig.num_devices=1")
-    configuration = Configuration.load(["runs/quickstart.gin"], (*settings, *TINY, *ROUTERS[router]))
+    configuration = Configuration.load(["runs/quickstart.gin"], (*settings, *QUICK, *ROUTERS[router]))
     configuration.check_flags_have_effect(ROOTS)
     return RunSpec.read(configuration)
 
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_ends_the_script_with_one_sentence(
     row |= {"load_balance_loss": 1.0, "router_entropy": 2.0, "seconds_per_step": 0.25}
     row |= {"curve": {1: 7.5, 10: math.inf, 20: math.nan}, "held_out_curve": {0: 7.5, 20: math.nan}}
     trained = []
-    monkeypatch.setattr(script, "train", lambda router, *rest: trained.append(router))
+    monkeypatch.setattr(script, "train", lambda model_dir, *rest: trained.append(model_dir.name))
     monkeypatch.setattr(script, "measurements", lambda model_dir: row)
     code = script.main(["--routers=top_k", "--steps=20", f"--json={tmp_path / 'rows.json'}"])
     captured = capsys.readouterr()
