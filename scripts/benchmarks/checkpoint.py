@@ -39,7 +39,13 @@ from timing import add_common_flags, in_process, peak_resident_bytes, report
 from switch_t5.cli.allocator import large_page_environment
 
 EMB, MLP, HEADS, HEAD_DIM, LAYERS, VOCAB = 512, 2048, 8, 64, 6, 32128
-QUICK = {"emb_dim": 64, "mlp_dim": 128, "num_heads": 2, "num_encoder_layers": 2, "num_decoder_layers": 2}
+QUICK: dict[str, Any] = {
+    "emb_dim": 64,
+    "mlp_dim": 128,
+    "num_heads": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+}
 BATCH, ENCODER_LENGTH, DECODER_LENGTH = 4, 128, 32
 DEVICES = 4
 """Of the reshard; the number of experts is a multiple."""
@@ -183,7 +189,7 @@ def measure_restore(parameters: int, folder: str, repeats: int) -> list[dict[str
     devices = len(jax.devices())
     mesh = make_mesh(MeshConfig(num_expert_partitions=devices))
     shapes = jax.eval_shape(lambda: initial(model, optimizer))
-    axes = TrainState((), model.axes, state_axes(shapes.opt_state, shapes.params, model.axes))
+    axes = TrainState((), model.axes, state_axes(shapes.opt_state, shapes.params, model.axes))  # pyright: ignore[reportArgumentType]
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
