@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -27,6 +29,8 @@ OF_ONE_START = (
 """What says which process this is: no part of a run, and not in its ``config.gin``."""
 
 _SENTENCE_BYTES = 2000
+_SECONDS_FOR_LAST_WORDS = 5
+_SECONDS_OF_AN_ATTEMPT, _SECONDS_BETWEEN_ATTEMPTS = 10, 1
 
 
 def settle(configuration: Configuration, roots: Iterable[str]) -> None:
@@ -94,6 +98,9 @@ def ending_alone() -> Iterator[None]:
         code = _complain(error)
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_first():
+            # Where it has gone JAX ends the others at once: they may be about to say the same, or more.
+            time.sleep(_SECONDS_FOR_LAST_WORDS)
         os._exit(code)
 
 
@@ -126,13 +133,39 @@ def _complain(error: BaseException) -> int:
     return 1
 
 
+def _reach(address: str, seconds: int) -> None:
+    """Waits until somebody listens at an address: JAX, which finds nobody there, would abort the program.
+
+    Raises:
+      UserError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_OF_AN_ATTEMPT).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Process 0 could not be reached at {address} within {seconds} s ({error}): is it running, was it "
+                    "started with this address, and does the network let its port through? "
+                    "RuntimeConfig.initialization_timeout_seconds gives it longer."
+                ) from error
+            time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+
+
 def _find_each_other(runtime: RuntimeConfig) -> None:
     import jax
 
-    seconds = runtime.initialization_timeout_seconds
+    address, seconds = runtime.address, runtime.initialization_timeout_seconds
+    if address is not None and runtime.process_id == 0:
+        print(f"waiting at {address} for {runtime.num_processes} processes, {seconds} s at most", file=sys.stderr)
+    elif address is not None and runtime.process_id is not None:
+        _reach(address, seconds)
     try:
         jax.distributed.initialize(
-            coordinator_address=runtime.address,
+            coordinator_address=address,
             num_processes=runtime.num_processes,
             process_id=runtime.process_id,
             cluster_detection_method=None if runtime.find_processes else "deactivate",
@@ -146,10 +179,9 @@ def _find_each_other(runtime: RuntimeConfig) -> None:
         ) from error
     except RuntimeError as error:
         raise UserError(
-            f"The {runtime.num_processes or ''} processes did not all meet at {runtime.address} within {seconds} s "
-            f"({str(error).splitlines()[0].rstrip('.')}): is process 0 running there, was every process started with "
-            "this address and number, can the port be reached? RuntimeConfig.initialization_timeout_seconds gives "
-            "them longer."
+            f"The processes did not all meet at {address} within {seconds} s "
+            f"({str(error).splitlines()[0].rstrip('.')}): was each of them started, with this address and number of "
+            "processes and a number of its own?"
         ) from error
 
 

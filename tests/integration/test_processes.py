@@ -193,7 +193,7 @@ def test_a_coordinator_that_cannot_be_reached_is_one_sentence(program: Program, 
     settings = [f"coordinator_address={address}", "num_processes=2", "process_id=1", "initialization_timeout_seconds=3"]
     flags = [f"--gin.RuntimeConfig.{setting}" for setting in settings]
     done = program.run("train", tmp_path / "run", *flags, code=2)
-    assert f"at {address} within 3 s" in done.stderr
-    assert "is process 0 running there" in done.stderr
+    assert f"switch-t5: Process 0 could not be reached at {address} within 3 s" in done.stderr
+    assert "is it running, was it started with this address" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
