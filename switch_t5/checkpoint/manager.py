@@ -1,6 +1,6 @@
 """Checkpoints of a run: ``MODEL_DIR/checkpoints/<step>/``.
 
-One checkpoint holds the state (parameters, optimizer, step), each process's position in the data, and the
+One checkpoint holds the state (parameters, optimizer, step), the positions in the data, and the
 metrics measured at that step. Orbax writes it: in the background, into a folder that gets its final name
 only when everything is in it, so that a folder named by a step is always whole.
 """
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,12 +43,12 @@ class Restored(NamedTuple):
 
     Attributes:
       state: a pytree of jax.Array, structured and sharded as asked.
-      data_state: the bytes that this process saved.
+      data_state: the positions in the data that were asked for, by name.
       step: the checkpoint's step.
     """
 
     state: Any
-    data_state: bytes
+    data_state: dict[str, bytes]
     step: int
 
 
@@ -109,7 +109,9 @@ class Checkpointer:
         """The step of the newest whole checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(
+        self, step: int, state: Any, data_state: Mapping[str, bytes], metrics: Mapping[str, float] | None = None
+    ) -> bool:
         """Starts saving a checkpoint; waits only for the save before it.
 
         The state's buffers may be donated as soon as this returns.
@@ -117,7 +119,7 @@ class Checkpointer:
         Args:
           step: the number of finished steps.
           state: a pytree of jax.Array.
-          data_state: this process's position in the data.
+          data_state: the positions in the data that are this process's to save, by name.
           metrics: what an evaluation at this step measured; None where there was none.
 
         Returns:
@@ -140,11 +142,13 @@ class Checkpointer:
             print(f"{error} It is tried again at the next checkpoint.", file=sys.stderr, flush=True)
             return False
 
-    def _start_save(self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None) -> bool:
+    def _start_save(
+        self, step: int, state: Any, data_state: Mapping[str, bytes], metrics: Mapping[str, float] | None
+    ) -> bool:
         import orbax.checkpoint as ocp
 
+        from switch_t5.checkpoint.data_positions import DataPositionsSave
         from switch_t5.checkpoint.manifest import ManifestSave
-        from switch_t5.checkpoint.process_bytes import ProcessBytesSave
 
         if step in self._manager.all_steps():
             return False
@@ -152,7 +156,7 @@ class Checkpointer:
         copies = snapshot.held(leaves)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(naming.nest(copies)),
-            data=ProcessBytesSave(data_state),
+            data=DataPositionsSave(data_state),
             manifest=ManifestSave(snapshot.fingerprints(leaves, copies)),
         )
         self._saving = step
@@ -205,24 +209,27 @@ class Checkpointer:
         if manager is not None:
             manager.close()
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, positions: Collection[str] | None = None
+    ) -> Restored:
         """Reads a checkpoint, bit for bit, onto any mesh, and checks each array against its fingerprint.
 
         Args:
           abstract_state: a pytree of jax.ShapeDtypeStruct with shardings.
           step: which checkpoint; None for the newest sound one: a damaged one is told on standard error and put aside.
+          positions: names of the positions in the data that this process needs; None for all.
 
         Raises:
           CheckpointDamaged: the checkpoint is damaged; with no step given, all of them.
           UserError: there is no such checkpoint; a leaf has another shape or dtype, or there are other leaves (the
-            sentence names the first); it was saved by another number of processes.
+            sentence names the first); a position was not saved.
         """
         if step is not None:
-            return self._restore(abstract_state, step)
+            return self._restore(abstract_state, step, positions)
         while True:
             newest = self._existing(None)
             try:
-                return self._restore(abstract_state, newest)
+                return self._restore(abstract_state, newest, positions)
             except CheckpointDamaged as error:
                 self._put_aside(newest, error)
 
@@ -234,19 +241,21 @@ class Checkpointer:
         reason = str(error).rsplit(": delete that folder", 1)[0]
         print(f"{reason}; it is now {aside.name}, and step {self.steps()[-2]} is used.", file=sys.stderr, flush=True)
         self._forget_manager()
+        _meet("damaged checkpoint seen")
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(step)).rename(aside)
+        _meet("damaged checkpoint renamed")
 
-    def _restore(self, abstract_state: Any, step: int) -> Restored:
-        from switch_t5.checkpoint.process_bytes import ProcessBytesRestore
+    def _restore(self, abstract_state: Any, step: int, positions: Collection[str] | None) -> Restored:
+        from switch_t5.checkpoint.data_positions import DataPositionsRestore
 
         step = self._existing(step)
         wanted = naming.named_leaves(abstract_state)
         with self._read_errors(step):
             check = self._checker(step)
             self._check_fit(step, wanted, self._saved_leaves(step), dtypes=True)
-            items = self._read(step, wanted, data=ProcessBytesRestore())
+            items = self._read(step, wanted, data=DataPositionsRestore(positions))
             leaves = naming.named_leaves(items["state"])
             check(leaves)
         return Restored(naming.like(abstract_state, leaves), items["data"], step)
@@ -446,6 +455,14 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:
             f"MODEL_DIR/{DIRECTORY}/<step>."
         )
     return model_dir, steps[-1] if step is None else step
+
+
+def _meet(name: str) -> None:
+    """Waits for all processes of the run."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _listed(steps: list[int]) -> str:

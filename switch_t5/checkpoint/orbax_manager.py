@@ -11,8 +11,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from switch_t5.checkpoint.data_positions import DataPositionsHandler, DataPositionsRestore, DataPositionsSave
 from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave
-from switch_t5.checkpoint.process_bytes import ProcessBytesHandler, ProcessBytesRestore, ProcessBytesSave
 from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
 
 
@@ -35,12 +35,12 @@ def make_manager(
     more: dict[str, Any] = {} if registry is None else {"type_handler_registry": registry}
     # Compression is slower than a disk and, on trained parameters, saves next to nothing.
     arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **more)
-    data = ProcessBytesHandler()
+    data = DataPositionsHandler()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeSave, arrays)
     handlers.add("state", ocp.args.PyTreeRestore, arrays)
-    handlers.add("data", ProcessBytesSave, data)
-    handlers.add("data", ProcessBytesRestore, data)
+    handlers.add("data", DataPositionsSave, data)
+    handlers.add("data", DataPositionsRestore, data)
     manifest = ManifestHandler()
     handlers.add("manifest", ManifestSave, manifest)
     options = manager_options(config, read_only=read_only)

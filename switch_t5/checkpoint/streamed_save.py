@@ -13,11 +13,11 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
 from switch_t5.checkpoint import naming
+from switch_t5.checkpoint.data_positions import DataPositionsSave
 from switch_t5.checkpoint.fingerprint import Running
 from switch_t5.checkpoint.manager import DIRECTORY
 from switch_t5.checkpoint.manifest import ManifestSave
 from switch_t5.checkpoint.orbax_manager import make_manager
-from switch_t5.checkpoint.process_bytes import ProcessBytesSave
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import Index, StoredArray, writable_chunks
 
@@ -83,7 +83,7 @@ def save_streamed(
     chunks = naming.nest({name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in leaves})
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(tree, save_args=chunks),
-        data=ProcessBytesSave(b""),
+        data=DataPositionsSave({}),
         manifest=ManifestSave(lambda: {name: leaf.running.sums for name, leaf in leaves.items()}),
     )
     directory = model_dir / DIRECTORY

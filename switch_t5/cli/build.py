@@ -26,7 +26,7 @@ from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.upcycling import check_upcycled
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
-from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
+from switch_t5.partitioning.placement import BatchRows, batch_rows, batch_sharding, place_batch, tree_shardings
 from switch_t5.partitioning.rules import partitioned
 from switch_t5.routing.capacity import group_shape, sequences_per_group
 from switch_t5.training.distillation import Teacher
@@ -197,8 +197,13 @@ class Run:
         step = jax.device_put(jnp.zeros((), jnp.int32), self.state_shardings.step)
         return TrainState(step, params, init(params))
 
+    @functools.cached_property
+    def rows(self) -> BatchRows:
+        """The rows of a batch that this process reads and places."""
+        return batch_rows(self.mesh, self.spec.data.batch_size)
+
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Numpy batch to global arrays."""
+        """A batch, of the rows that this process holds, to global arrays."""
         return dict(place_batch(batch, self.mesh))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -236,7 +241,9 @@ class Run:
                 teacher=None if self.teacher is None or taught_by is None else Teacher(self.teacher, taught_by),
             )
 
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+        # One process reads metrics wherever they lie; of several each needs them whole.
+        metrics = None if jax.process_count() == 1 else NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, metrics))
         more = () if self.teacher is None else (self.abstract_teacher,)
         with partitioned(self.mesh):
             return jitted.lower(self.abstract_state, self.abstract_batch(), *more).compile()
@@ -254,10 +261,10 @@ class Run:
 
     @functools.cached_property
     def evaluation_batches(self) -> list[dict[str, np.ndarray]]:
-        """The held-out batches, read once and kept: evaluations come often and always see the same."""
+        """The held-out batches, this process's rows, read once and kept: evaluations come often and see the same."""
         data = dataclasses.replace(self.spec.data, split="validation", shuffle=False)
         try:
-            return list(evaluation_batches(data, self.spec.train.eval_batches))
+            return list(evaluation_batches(data, self.spec.train.eval_batches, self.rows))
         except ConfigError as error:
             if error.parameter != "DataConfig.split":
                 raise
@@ -301,6 +308,7 @@ class Run:
         eos_id = get_vocabulary(data).eos_id
         assert eos_id is not None
         lengths = data.task_feature_lengths
+        rows = batch_rows(self.mesh, batch_size)
         return Predictor(
             self.spec.transformer,
             decoding,
@@ -308,7 +316,7 @@ class Run:
             batch_size=batch_size,
             eos_id=eos_id,
             mesh=self.mesh,
-            place=self.place,
+            place=lambda batch: self.place({name: values[rows.held] for name, values in batch.items()}),
         )
 
 

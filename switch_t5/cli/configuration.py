@@ -160,7 +160,7 @@ class Configuration:
         except ConfigError as error:
             raise self._located(error, scope="") from None
 
-    def resolved(self, roots: Iterable[str] = ()) -> str:
+    def resolved(self, roots: Iterable[str] = (), omit: Collection[str] = ()) -> str:
         """Returns the whole configuration as a gin file without macros, the same for the same meaning.
 
         It holds each parameter that is set, and the defaults of the configurables that are set or referred
@@ -168,6 +168,7 @@ class Configuration:
 
         Args:
           roots: further configurables whose defaults to write, such as those that a command builds by name.
+          omit: parameters that are left out, such as ``RuntimeConfig.process_id``.
         """
         groups: dict[tuple[str, str], dict[str, str]] = {}
         for name in self._mentioned(roots):
@@ -178,6 +179,9 @@ class Configuration:
                     groups[name, ""][parameter] = literal(default)
         for (name, scope, parameter), value in self._values().items():
             groups.setdefault((name, scope), {})[parameter] = literal(value)
+        for (name, _), values in groups.items():
+            for parameter in [key for key in values if f"{name}.{key}" in omit]:
+                del values[parameter]
         lines = ["# The resolved configuration: macros replaced, defaults written out."]
         if self._bindings.imports:
             lines += ["", *self._bindings.imports]
@@ -189,7 +193,12 @@ class Configuration:
         return "\n".join(lines) + "\n"
 
     def difference(
-        self, stored: str, ignore: Collection[str] = (), *, place: str = "the stored configuration"
+        self,
+        stored: str,
+        ignore: Collection[str] = (),
+        *,
+        place: str = "the stored configuration",
+        words: tuple[str, str] = ("was", "and is now"),
     ) -> list[str]:
         """Returns how this configuration differs from one that ``resolved`` wrote, a sentence a parameter.
 
@@ -198,6 +207,7 @@ class Configuration:
           ignore: parameters that may differ, such as ``TrainConfig.train_steps`` or ``MeshConfig.*``,
             whatever the scope.
           place: what to call ``stored`` in an error.
+          words: what to write before the other configuration's value, and before this one's.
 
         Raises:
           UserError: ``stored`` is not gin's language.
@@ -212,7 +222,7 @@ class Configuration:
                 continue
             before, now = other._effective(*key), self._effective(*key)
             if before != now:
-                change = f"was {_shown(before)} and is now {_shown(now)}{self._how_set(*key)}"
+                change = f"{words[0]} {_shown(before)} {words[1]} {_shown(now)}{self._how_set(*key)}"
                 sentences.append(f"{scoped(scope, name)}.{parameter} {change}.")
         return sentences
 

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints a table, and returns 0."""
+    from switch_t5.cli.processes import if_first
     from switch_t5.cli.trained import load_params, open_run
 
     if args.unigram_batches < 1:
@@ -64,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if scorer is not None:
         results = scorer.results(params)
         print(table(results), file=sys.stderr)
-        _write_predictions(args.predictions, results)
+        _write_predictions(if_first(args.predictions), results)
         result["tasks"] = {name: task.scores for name, task in results.items()}
-    write_json(result, args.json)
+    write_json(result, if_first(args.json))
     return 0
 
 
@@ -110,6 +111,7 @@ def _write_predictions(folder: str | None, results: dict[str, TaskResult]) -> No
 
 def _score_file(run: Run, args: argparse.Namespace) -> int:
     """Scores predictions that stand in a file."""
+    from switch_t5.cli.processes import if_first
     from switch_t5.inference.task_scores import TaskResult, read_predictions, score
 
     tasks = [] if run.scorer is None else run.scorer.tasks
@@ -123,12 +125,13 @@ def _score_file(run: Run, args: argparse.Namespace) -> int:
     predictions = read_predictions(Path(args.score_file))
     result = TaskResult(score(task.task, task.examples, predictions), task.examples, predictions)
     print(table({task.task.name: result}), file=sys.stderr)
-    write_json({"tasks": {task.task.name: result.scores}}, args.json)
+    write_json({"tasks": {task.task.name: result.scores}}, if_first(args.json))
     return 0
 
 
 def _submit(run: Run, args: argparse.Namespace) -> int:
     """Predicts the test rows and writes them as SuperGLUE's server reads them."""
+    from switch_t5.cli.processes import if_first, is_first
     from switch_t5.cli.trained import load_params
     from switch_t5.data.superglue import TASKS
     from switch_t5.data.superglue_files import submission_lines, write_submission
@@ -143,10 +146,10 @@ def _submit(run: Run, args: argparse.Namespace) -> int:
     scorer = TaskScorer(run.spec.data, evaluation, lambda: run.predictor)
     params, _ = load_params(run, args.checkpoint or run.spec.train.model_dir)
     results = scorer.results(params)
-    for task in scorer.tasks:
+    for task in scorer.tasks if is_first() else ():
         config = task.task.dataset.partition("/")[2]
         result = results[task.task.name]
         lines = submission_lines(config, result.examples, result.predictions)
         print(f"wrote {write_submission(Path(args.submission), config, lines)}", file=sys.stderr)
-    _write_predictions(args.predictions, results)
+    _write_predictions(if_first(args.predictions), results)
     return 0

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answers a file, or fills in texts or held-out examples; returns 0."""
+    from switch_t5.cli.processes import if_first
     from switch_t5.cli.trained import load_params, open_run
 
     if args.count < 1:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     results = _filled_in(run, params, step, inputs, targets)
     if args.json != "-":
         print("\n\n".join(_told(result) for result in results))
-    write_json(results, args.json)
+    write_json(results, if_first(args.json))
     return 0
 
 

@@ -59,6 +59,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def infer_file(run: Run, args: argparse.Namespace) -> int:
     """Decodes every input, writes a line for each, and returns 0."""
+    from switch_t5.cli.processes import as_the_first, is_first
     from switch_t5.cli.trained import load_params
     from switch_t5.data.pipeline import get_vocabulary
 
@@ -67,9 +68,10 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
     to_text = _to_text(args.task, args.field)
     described = _description(run, args, step)
     chunk = _BATCHES_AT_ONCE * predictor.batch_size
-    with _Lines(args.output, described | {"chunk": chunk}) as lines:
+    with _Lines(args.output, described | {"chunk": chunk}, active=is_first()) as lines:
+        done = as_the_first(lines.done)
         source = _inputs(args.input, to_text, args.skip_malformed, counts)
-        for _ in range(lines.done):
+        for _ in range(done):
             next(source, None)
         for rows in _chunks(source, chunk):
             encoded = [np.asarray([*vocabulary.encode(text), vocabulary.eos_id], np.int32) for _, text in rows]
@@ -91,7 +93,7 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
     notes = [f"{counts.inputs} inputs"]
     notes += [f"{counts.truncated} cut to {predictor.inputs_length} tokens"] if counts.truncated else []
     notes += [f"{counts.malformed} malformed lines left out"] if counts.malformed else []
-    notes += [f"{lines.done} were done before"] if lines.done else []
+    notes += [f"{done} were done before"] if done else []
     print(", ".join(notes) + ".", file=sys.stderr)
     return 0
 
@@ -192,12 +194,13 @@ def _description(run: Run, args: argparse.Namespace, step: int) -> dict[str, Any
 class _Lines:
     """The file of answers, or standard output.
 
-    Beside it stands ``<name>.origin``, which says of what it holds the answers.
+    Beside it stands ``<name>.origin``, which says of what it holds the answers. Of several processes one is active.
     """
 
-    def __init__(self, path: str | None, origin: dict[str, Any]) -> None:
+    def __init__(self, path: str | None, origin: dict[str, Any], *, active: bool) -> None:
         self.done = 0
-        self._path = None if path is None else Path(path)
+        self._active = active
+        self._path = None if path is None or not active else Path(path)
         self._origin = origin
         self._file: BinaryIO = sys.stdout.buffer
 
@@ -235,6 +238,8 @@ class _Lines:
 
     def write(self, answer: dict[str, Any]) -> None:
         """Appends a line."""
+        if not self._active:
+            return
         with storage_errors(f"Writing {self._path or 'standard output'}"):
             self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
 

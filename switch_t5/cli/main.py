@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from switch_t5 import __version__
 from switch_t5.cli.allocator import restart_with_large_pages
+from switch_t5.cli.processes import ending_alone
 from switch_t5.errors import UserError, closest
 
 # Exit codes.
@@ -112,7 +113,8 @@ def _run(words: list[str]) -> int:
         parser.refuse(unknown, command.takes_gin)
     if command.takes_gin:
         args.gin_bindings = gin_bindings
-    return module.run(args)
+    with ending_alone():
+        return module.run(args)
 
 
 def _answer_without_command(flag: str) -> NoReturn:

@@ -48,19 +48,21 @@ def run(args: argparse.Namespace) -> int:
     from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import ROOTS, Run, RunSpec
     from switch_t5.cli.configuration import Configuration
+    from switch_t5.cli.processes import is_first, settle
     from switch_t5.training.graceful_stop import GracefulStop
     from switch_t5.training.loop import train
 
     configuration = Configuration.load(args.gin_file, args.gin_bindings, args.gin_search_paths)
     configuration.check_flags_have_effect([*ROOTS, "RuntimeConfig"])
-    configuration.get("RuntimeConfig").apply()
+    settle(configuration, ROOTS)
     spec = RunSpec.read(configuration)
     with configuration.locating_errors():
         run = Run(spec)
     model_dir = Path(spec.train.model_dir)
     _check_restart(configuration, model_dir)
     step_fn, batches = _prepare(configuration, run)
-    _write_configuration(configuration, model_dir)
+    if is_first():
+        _write_configuration(configuration, model_dir)
     with Checkpointer(model_dir, spec.checkpoint) as checkpointer:
         state = _first_state(run, checkpointer, batches)
         first_step = int(state.step)
@@ -98,7 +100,7 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, Batc
     try:
         compiled = pool.submit(run.compile_train_step)
         with configuration.locating_errors():
-            batches = BatchIterator(run.spec.data, repeat=True)
+            batches = BatchIterator(run.spec.data, repeat=True, rows=run.rows)
             check_vocabulary(run, batches)
             if run.spec.train.eval_batches:
                 _ = run.evaluation_batches
@@ -127,12 +129,13 @@ def _check_restart(configuration: Configuration, model_dir: Path) -> None:
 def _write_configuration(configuration: Configuration, model_dir: Path) -> None:
     """Writes ``config.gin``."""
     from switch_t5.cli.build import ROOTS
+    from switch_t5.cli.processes import OF_ONE_START
     from switch_t5.storage import storage_errors, writable_directory
 
     path = writable_directory(model_dir) / "config.gin"
     with storage_errors(f"Writing {path}"):
         temporary = path.with_suffix(".gin.tmp")
-        temporary.write_text(configuration.resolved(ROOTS))
+        temporary.write_text(configuration.resolved(ROOTS, OF_ONE_START))
         os.replace(temporary, path)
 
 
@@ -154,7 +157,7 @@ def check_vocabulary(run: Run, batches: BatchIterator) -> None:
 def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -> TrainState:
     """The run's last checkpoint, with the data positioned after it, or a new state."""
     if checkpointer.latest_step() is not None:
-        restored = checkpointer.restore(run.abstract_state)
+        restored = checkpointer.restore(run.abstract_state, positions=batches.positions)
         batches.set_state(restored.data_state)
         return restored.state
     from switch_t5.cli.trained import load_params, load_state, student_state, upcycled_state
@@ -186,21 +189,32 @@ def _banner(run: Run, first_step: int) -> None:
     active = active_parameter_count(spec.transformer, model.abstract_params, model.axes)
     device = jax.devices()[0]
     mesh = " x ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     lines = (
-        f"devices     {run.mesh.size} of {jax.device_count()} {device.device_kind}, jax {jax.__version__}",
+        f"devices     {run.mesh.size} of {jax.device_count()} {device.device_kind}{processes}, jax {jax.__version__}",
         f"mesh        {mesh}",
         f"parameters  {total:,} in all, {active:,} for one token",
         f"batch       {spec.data.batch_size} x ({lengths['inputs']} + {lengths['targets']}) = {tokens:,} tokens a step",
         f"work        {flops:.3e} floating-point operations a step",
-        f"data        {spec.data.mixture_or_task_name}",
+        f"data        {spec.data.mixture_or_task_name}{_sharing(spec.data.num_shards)}",
         f"run         {spec.train.model_dir}, from step {first_step} to {spec.train.train_steps}",
     )
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+def _sharing(num_shards: int) -> str:
+    """What to know where several processes read the same data."""
+    import jax
+
+    if num_shards >= jax.process_count():
+        return ""
+    return f", {num_shards} shard(s) for {jax.process_count()} processes, which read the same (DataConfig.num_shards)"
+
+
 @contextlib.contextmanager
 def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
     """Opens everything that measurements go to."""
+    from switch_t5.cli.processes import is_first
     from switch_t5.training.loop import Recorder
     from switch_t5.training.metrics_file import MetricsFile
     from switch_t5.training.progress import Progress, Speedometer
@@ -210,8 +224,8 @@ def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
     model_dir, resumed = Path(train.model_dir), first_step or None
     tokens = data.batch_size * sum(data.task_feature_lengths.values())
     with (
-        MetricsFile(model_dir / "metrics.jsonl", resumed) as metrics,
-        TensorBoard(model_dir / "tensorboard", resumed) as tensorboard,
+        MetricsFile(model_dir / "metrics.jsonl", resumed, active=is_first()) as metrics,
+        TensorBoard(model_dir / "tensorboard", resumed, active=is_first()) as tensorboard,
         Progress(train.train_steps, first_step) as progress,
     ):
         speed = Speedometer(tokens, train.train_steps)

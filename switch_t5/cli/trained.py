@@ -99,11 +99,12 @@ def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Se
     Raises:
       UserError: the configuration is refused, or its MODEL_DIR does not exist.
     """
-    from switch_t5.cli.build import Run, RunSpec
+    from switch_t5.cli.build import ROOTS, Run, RunSpec
     from switch_t5.cli.configuration import Configuration
+    from switch_t5.cli.processes import settle
 
     configuration = Configuration.load(gin_files, bindings, search_paths)
-    configuration.get("RuntimeConfig").apply()
+    settle(configuration, ROOTS)
     spec = RunSpec.read(configuration)
     for file in map(Path, gin_files):
         # A run's own config.gin says where it was trained; the run is where the file is.

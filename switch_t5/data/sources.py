@@ -85,6 +85,11 @@ class TextFilesSource(seqio.DataSource):
         _check_memory(files, self.pattern)
         held_out_split = split if self.validation_pattern is None else None
         texts = list(documents.iterate_documents(files, field=self.field, split=held_out_split))
+        if not texts and shard_info:
+            raise UserError(
+                f"{self.pattern!r} has no document for the {split} split in its shard {shard_info.index} of "
+                f"{shard_info.num_shards}: lower DataConfig.num_shards."
+            )
         if not texts:
             raise UserError(
                 f"{self.pattern!r} has no document for the {split} split: one document in "

@@ -75,7 +75,7 @@ class Predictor:
           batch_size: inputs decoded together where ``decoding`` does not say.
           eos_id: the token that ends an output.
           mesh: the devices that hold the parameters.
-          place: numpy batch to global arrays.
+          place: a numpy batch, whole in every process, to global arrays.
         """
         self.inputs_length, targets_length = lengths
         self.batch_size = decoding.batch_size or batch_size
@@ -107,7 +107,7 @@ class Predictor:
             told = np.zeros(self.batch_size, np.int32)
             told[: len(rows)] = [numbers[row] for row in rows]
             with partitioned(self._mesh):
-                placed = self._place({"tokens": self._share(tokens), "numbers": self._share(told)})
+                placed = self._place({"tokens": tokens, "numbers": told})
                 decoded = _everywhere(self._decode(params, placed["tokens"], placed["numbers"]))
             for place, row in enumerate(rows):
                 outputs[row] = [
@@ -115,10 +115,6 @@ class Predictor:
                     for said, log_prob, score in zip(*(values[place] for values in decoded), strict=True)
                 ]
         return outputs
-
-    def _share(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of a batch that this process places."""
-        return np.split(rows, jax.process_count())[jax.process_index()]
 
     def _batches(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[int, list[int]]]:
         """Rows of inputs that are padded to one length, a batch's worth each."""

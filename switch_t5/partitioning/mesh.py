@@ -55,6 +55,12 @@ def make_mesh(
         raise ConfigError(
             "MeshConfig.num_devices", f"must be from 1 to {len(devices)}, the devices here, got {wanted}."
         )
+    left_out = {device.process_index for device in devices} - {device.process_index for device in devices[:wanted]}
+    if left_out:
+        raise ConfigError(
+            "MeshConfig.num_devices",
+            f"is {wanted}, which leaves process {min(left_out)} without a device: start fewer processes.",
+        )
     devices = devices[:wanted]
     partitions = config.num_expert_partitions * config.num_model_partitions
     if partitions > wanted:

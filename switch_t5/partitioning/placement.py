@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -38,7 +39,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchRows:
+    """The rows of a batch that concern this process.
+
+    Attributes:
+      held: int [held rows], ascending: those that its devices hold.
+      owned: those of them that no process of a lower number holds too; every row has one owner.
+    """
+
+    held: np.ndarray
+    owned: np.ndarray
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> BatchRows:
+    """Returns which rows of a batch this process reads and places; of one process, all."""
+    owner = np.full(batch_size, jax.process_count())
+    held = np.zeros(batch_size, bool)
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+        owner[rows] = np.minimum(owner[rows], device.process_index)
+        held[rows] |= device.process_index == jax.process_index()
+    return BatchRows(np.flatnonzero(held), np.flatnonzero(held & (owner == jax.process_index())))
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Makes global arrays of the sequences that this process holds."""
+    """Makes global arrays of the sequences that this process holds, in the order of :attr:`BatchRows.held`."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

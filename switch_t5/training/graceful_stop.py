@@ -1,4 +1,8 @@
-"""Stopping a run between two steps, on Ctrl-C or SIGTERM."""
+"""Stopping a run between two steps, on Ctrl-C or SIGTERM.
+
+Of several processes a signal to any stops all, after the same step. JAX sees to that: it takes over SIGTERM, tells the
+other processes, and agrees with them on a step that none has begun yet.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,14 @@ import threading
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 _MESSAGE = b"\nFinishing this step, then saving; Ctrl-C again stops at once.\n"
 
 
 class GracefulStop:
-    """While entered, SIGTERM and Ctrl-C only ask for a stop; the loop looks at `requested` after each step.
+    """While entered, SIGTERM and Ctrl-C only ask for a stop; the loop asks `reached` after each step.
 
     A second Ctrl-C raises KeyboardInterrupt. Outside the main thread, where Python sets no handlers, it
     changes nothing.
@@ -24,7 +31,9 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            # Of several processes JAX has taken over SIGTERM, and is told of Ctrl-C by it.
+            ours = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+            for number in ours:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -38,6 +47,19 @@ class GracefulStop:
         """Whether a signal has asked for a stop."""
         return self._signal is not None
 
+    def reached(self, step: int) -> bool:
+        """Whether to stop now.
+
+        Args:
+          step: the number of finished steps; asked once for each, by all processes.
+        """
+        if jax.process_count() == 1:
+            return self.requested
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached and self._signal is None:
+            self._signal = signal.SIGTERM
+        return reached
+
     @property
     def exit_code(self) -> int:
         """What the process should exit with: 143 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
@@ -50,3 +72,5 @@ class GracefulStop:
             self._signal = signal.Signals(number)
             # A handler may run in the middle of a print, which `print` does not survive.
             os.write(2, _MESSAGE)
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)

@@ -99,15 +99,15 @@ class Batches(Protocol):
         """The next batch."""
         ...
 
-    def get_state(self) -> bytes:
-        """The position after the last batch."""
+    def get_state(self) -> dict[str, bytes]:
+        """The positions after the last batch that are this process's to save, by name."""
         ...
 
 
 class Saver(Protocol):
     """Where checkpoints go: see :class:`switch_t5.checkpoint.manager.Checkpointer`."""
 
-    def save(self, step: int, state: Any, data_state: bytes, metrics: Mapping[str, float] | None) -> bool:
+    def save(self, step: int, state: Any, data_state: Mapping[str, bytes], metrics: Mapping[str, float] | None) -> bool:
         """Starts saving."""
         ...
 
@@ -226,12 +226,12 @@ def train(
     step, measuring = int(state.step), bool(config.eval_batches) or score is not None
     if step == 0 and measuring:
         measure(0, state.params)
-    first, stopping = step + 1, stop.requested
+    first, stopping = step + 1, stop.reached(step)
     while step < config.train_steps and not stopping:
         state, metrics = step_fn(state, place(next(batches)))
         step += 1
         # Asked once a step: a signal that comes later must find the next step's save.
-        last, stopping = step == config.train_steps, stop.requested
+        last, stopping = step == config.train_steps, stop.reached(step)
         if step == first:
             jax.block_until_ready(metrics["loss"])
             recorder.speedometer.start(step)

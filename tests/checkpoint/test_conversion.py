@@ -60,7 +60,7 @@ def state_of(config: TransformerConfig, *, factored: bool = True) -> TrainState:
 
 def saved(folder: Path, state: TrainState) -> Path:
     with Checkpointer(folder) as checkpointer:
-        checkpointer.save(17, state, b"")
+        checkpointer.save(17, state, {})
     return folder
 
 

@@ -47,7 +47,7 @@ def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     with Checkpointer(folder) as checkpointer:
         for step in (1, 2):
-            checkpointer.save(step, state(step), str(step).encode(), {"loss": 0.5})
+            checkpointer.save(step, state(step), {"0_of_1": str(step).encode()}, {"loss": 0.5})
     return folder
 
 
@@ -72,7 +72,7 @@ def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_used(two, tm
         with Checkpointer(run) as checkpointer:
             restored = checkpointer.restore(abstract())
         if file.name in (TIMES_ALONE, "commit_success.txt") and restored.step == 2:
-            assert restored.data_state == b"2"
+            assert restored.data_state == {"0_of_1": b"2"}
             np.testing.assert_array_equal(restored.state["x"], state(2)["x"])
             continue
         assert restored.step == 1, file
@@ -117,9 +117,9 @@ def test_a_run_goes_on_over_a_damaged_checkpoint(two, tmp_path):
     flip(run / "checkpoints" / "2" / "state" / "_METADATA")
     with Checkpointer(run, CheckpointConfig(keep=1)) as checkpointer:
         assert checkpointer.restore(abstract()).step == 1
-        assert checkpointer.save(2, state(2), b"2 again")
+        assert checkpointer.save(2, state(2), {"0_of_1": b"2 again"})
         checkpointer.wait()
-        assert checkpointer.restore(abstract()).data_state == b"2 again"
+        assert checkpointer.restore(abstract()).data_state == {"0_of_1": b"2 again"}
 
 
 def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
@@ -133,7 +133,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
 def test_failed_saves_are_told_tried_again_and_at_last_fatal(tmp_path, monkeypatch, capsys):
     config = CheckpointConfig(tolerated_failures=2)
     with Checkpointer(tmp_path, config) as checkpointer:
-        assert checkpointer.save(1, state(1), b"")
+        assert checkpointer.save(1, state(1), {})
         checkpointer.wait()
         full = OSError(28, "No space left on device")
 
@@ -142,19 +142,19 @@ def test_failed_saves_are_told_tried_again_and_at_last_fatal(tmp_path, monkeypat
 
         monkeypatch.setattr(checkpointer._manager, "save", fail)
         for step in (2, 3):
-            assert not checkpointer.save(step, state(step), b"")
+            assert not checkpointer.save(step, state(step), {})
             said = capsys.readouterr().err
             assert f"step {step} in {tmp_path}/checkpoints failed (No space left" in said
             assert "the checkpoint of step 1 is whole" in said
         with pytest.raises(UserError, match=r"step 4 .* failed"):
-            checkpointer.save(4, state(4), b"")
+            checkpointer.save(4, state(4), {})
         monkeypatch.undo()
         checkpointer._failures.clear()
-        assert checkpointer.save(5, state(5), b"")
+        assert checkpointer.save(5, state(5), {})
         checkpointer.wait()
         # A success in between begins the count anew.
         monkeypatch.setattr(checkpointer._manager, "save", fail)
-        assert not checkpointer.save(6, state(6), b"")
+        assert not checkpointer.save(6, state(6), {})
         with pytest.raises(UserError, match="step 6"):
             checkpointer.wait()
     assert checkpointer.steps() == [1, 5]
@@ -225,11 +225,11 @@ SAVING = """
                 restored = checkpointer.restore(like)
                 assert restored.step == step == int(restored.state["n"]), (restored.step, step)
                 assert (np.asarray(restored.state["x"]) == step).all()
-                assert restored.data_state == str(step).encode()
+                assert restored.data_state == {"0_of_1": str(step).encode()}
             (folder / "sound").write_text(str(step))
             while True:
                 step += 1
-                checkpointer.save(step, state(step), str(step).encode())
+                checkpointer.save(step, state(step), {"0_of_1": str(step).encode()})
 
     # The imports are done once: each kill is of a child that was forked before JAX had started anything.
     for line in sys.stdin:

@@ -84,7 +84,7 @@ def _number(value: float) -> dict[str, jax.Array]:
 
 def _save_numbers(checkpointer: Checkpointer, *steps: int) -> None:
     for step in steps:
-        checkpointer.save(step, _number(step), str(step).encode())
+        checkpointer.save(step, _number(step), {"0_of_1": str(step).encode()})
     checkpointer.wait()
 
 
@@ -92,7 +92,7 @@ def _save_numbers(checkpointer: Checkpointer, *steps: int) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State, bytes]:
     """A MODEL_DIR with one checkpoint on a (2, 2, 2) mesh; its state and data state."""
     model_dir = tmp_path_factory.mktemp("saved")
-    state, data_state = _state(), np.random.default_rng(2).bytes(3_000_000)
+    state, data_state = _state(), {"0_of_1": np.random.default_rng(2).bytes(3_000_000)}
     with Checkpointer(model_dir) as checkpointer:
         assert checkpointer.save(7, state, data_state, {"loss": 0.1 + 0.2, "accuracy": float("nan")})
     return model_dir, state, data_state
@@ -210,7 +210,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {"x": jnp.zeros((1 << 20,)), "y": jnp.zeros((1 << 20,))}
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, state, b"")
+        checkpointer.save(1, state, {})
         for _ in range(3):
             state = add(state)
         jax.block_until_ready(state)
@@ -247,11 +247,11 @@ def test_arrays_are_written_as_they_are_and_compressed_ones_of_earlier_versions_
 
 def test_a_step_is_saved_once(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
-        assert checkpointer.save(1, _number(1), b"first")
-        assert not checkpointer.save(1, _number(2), b"second")
-        assert checkpointer.restore(_abstract(_number(0))).data_state == b"first"
+        assert checkpointer.save(1, _number(1), {"0_of_1": b"first"})
+        assert not checkpointer.save(1, _number(2), {"0_of_1": b"second"})
+        assert checkpointer.restore(_abstract(_number(0))).data_state == {"0_of_1": b"first"}
     with Checkpointer(tmp_path) as checkpointer:
-        assert not checkpointer.save(1, _number(2), b"second")
+        assert not checkpointer.save(1, _number(2), {"0_of_1": b"second"})
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_checkpoints_are_kept_as_configured(tmp_path, config, kept):
         with Checkpointer(tmp_path, config) as checkpointer:
             for step in steps:
                 loss = losses[step]
-                checkpointer.save(step, _number(step), b"", None if loss is None else {"loss": loss})
+                checkpointer.save(step, _number(step), {}, None if loss is None else {"loss": loss})
     assert checkpointer.steps() == kept
 
 
@@ -279,7 +279,7 @@ def test_a_misspelt_metric_is_refused_without_losing_the_checkpoint(tmp_path):
     config = CheckpointConfig(keep_best="los")
     with Checkpointer(tmp_path, config) as checkpointer:
         with pytest.raises(ConfigError, match=r"\(accuracy, loss\)\. Did you mean 'loss'\?$") as caught:
-            checkpointer.save(1, _number(1), b"", {"accuracy": 0.5, "loss": 1.0})
+            checkpointer.save(1, _number(1), {}, {"accuracy": 0.5, "loss": 1.0})
         assert caught.value.parameter == "CheckpointConfig.keep_best"
     assert checkpointer.latest_step() == 1
 
@@ -294,15 +294,25 @@ def test_a_wrong_configuration_is_refused(field, value):
     assert caught.value.parameter == f"CheckpointConfig.{field}"
 
 
-def test_a_run_of_another_number_of_processes_is_refused(tmp_path):
+def test_positions_are_read_by_name_and_one_that_was_not_saved_is_refused(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, _number(1), {"0_of_2": b"first", "1_of_2": b"second"})
+        restored = checkpointer.restore(_abstract(_number(0)), positions=["1_of_2"])
+        assert restored.data_state == {"1_of_2": b"second"}
+        with pytest.raises(
+            UserError, match=r"no position in the data of the shard 0_of_1, but of the shards 0_of_2, 1"
+        ):
+            checkpointer.restore(_abstract(_number(0)), positions=["0_of_1"])
+        assert checkpointer.restore_part("x", _abstract(_number(0)["x"])).tolist() == [1, 1, 1, 1]
+
+
+def test_a_position_that_was_saved_before_there_were_shards_is_found(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         _save_numbers(checkpointer, 1)
         folder = tmp_path / "checkpoints" / "1" / "data"
-        (folder / "process_0_of_1").rename(folder / "process_0_of_4")
+        (folder / "shard_0_of_1").rename(folder / "process_0_of_1")
         shutil.rmtree(tmp_path / "checkpoints" / "1" / "manifest")  # It would tell of the renaming.
-        with pytest.raises(UserError, match="was written by 4 processes, whose positions"):
-            checkpointer.restore(_abstract(_number(0)))
-        assert checkpointer.restore_part("x", _abstract(_number(0)["x"])).tolist() == [1, 1, 1, 1]
+        assert checkpointer.restore(_abstract(_number(0)), positions=["0_of_1"]).data_state == {"0_of_1": b"1"}
 
 
 def _truncate_arrays(checkpoint: Path) -> None:
@@ -366,7 +376,7 @@ RUN = """
     import jax.numpy as jnp
     import numpy as np
 
-    checkpointer.save(1, {"x": jnp.full((4,), 1.0)}, b"1")
+    checkpointer.save(1, {"x": jnp.full((4,), 1.0)}, {"0_of_1": b"1"})
     checkpointer.wait()
     large = {"x": np.random.default_rng(0).random(1 << 20, np.float32)}
 """
@@ -381,10 +391,10 @@ def _run(script: str, model_dir: Path, *, prefix: tuple[str, ...] = ()) -> subpr
 def test_a_checkpoint_half_written_at_a_kill_is_ignored_and_removed(tmp_path):
     script = """
         import os, signal
-        from switch_t5.checkpoint.process_bytes import ProcessBytesHandler
+        from switch_t5.checkpoint.data_positions import DataPositionsHandler
 
-        ProcessBytesHandler.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-        checkpointer.save(2, large, b"2")
+        DataPositionsHandler.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        checkpointer.save(2, large, {"0_of_1": b"2"})
         checkpointer.wait()
     """
     assert _run(script, tmp_path).returncode == -signal.SIGKILL
@@ -403,7 +413,7 @@ FULL_DISK = """
 
     def attempt(step, state):
         try:
-            checkpointer.save(step, state, b"")
+            checkpointer.save(step, state, {})
             checkpointer.wait()
         except UserError as error:
             return str(error)

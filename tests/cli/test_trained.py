@@ -48,7 +48,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     run, folder = run_of("TransformerConfig.moe=None"), tmp_path_factory.mktemp("dense")
     state = run.init_state()
     with Checkpointer(folder) as checkpointer:
-        checkpointer.save(3, state, b"")
+        checkpointer.save(3, state, {})
     return folder, nats(run, state.params)
 
 
@@ -96,7 +96,7 @@ def taught_by(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainState
     run, folder = run_of("TrainConfig.seed=5"), tmp_path_factory.mktemp("teacher")
     state = run.init_state()
     with Checkpointer(folder) as checkpointer:
-        checkpointer.save(3, state, b"")
+        checkpointer.save(3, state, {})
     return str(folder), state
 
 

@@ -29,6 +29,7 @@ from switch_t5.data.pipeline import (
 )
 from switch_t5.data.tasks import text_task
 from switch_t5.errors import ConfigError, UserError
+from switch_t5.partitioning.placement import BatchRows
 
 LENGTHS = {"inputs": 64, "targets": 14}
 
@@ -223,26 +224,51 @@ def test_evaluation_is_the_same_each_time_and_not_shuffled(config: DataConfig) -
     assert digest(unshuffled) == digest(first)
 
 
-def test_processes_share_a_pass_without_overlap(config: DataConfig) -> None:
-    config = dataclasses.replace(config, pack=False, shuffle=False)
-    parts = [list(BatchIterator(config, repeat=False, shard_index=i, num_shards=2)) for i in range(2)]
-    assert parts[0][0]["encoder_input_tokens"].shape == (2, 64)
-    # The masks differ, so documents are told by the words that stand in them.
+def shard_rows(rows: Iterable[int], owned: Iterable[int] = ()) -> BatchRows:
+    """What a process that holds some rows is told."""
+    return BatchRows(np.array([*rows]), np.array([*owned], int))
+
+
+def test_a_batch_is_its_shards_rows_whoever_reads_them(config: DataConfig) -> None:
+    config = dataclasses.replace(config, batch_size=8, num_shards=4)
+    whole = take(BatchIterator(config, repeat=True), 3)
+    for held in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 2], [7], [0, 3, 4]):
+        iterator = BatchIterator(config, repeat=True, rows=shard_rows(held))
+        assert iterator.positions == [f"{shard}_of_4" for shard in sorted({row // 2 for row in held})]
+        assert digest(take(iterator, 3)) == digest(
+            {key: value[held] for key, value in batch.items()} for batch in whole
+        )
+
+
+def test_shards_have_other_documents_and_other_masks(config: DataConfig) -> None:
+    config = dataclasses.replace(config, pack=False, shuffle=False, num_shards=2)
+    # An epoch of a shard of the small corpus has some hundred examples.
+    parts = [take(BatchIterator(config, repeat=True, rows=shard_rows(rows)), 30) for rows in ([0, 1], [2, 3])]
     words = [{word for pair in examples(part, packed=False) for word in words_in(pair[0])} for part in parts]
     assert words[0] and words[1]
     assert not words[0] & words[1]
+    sentinels = [part[0]["encoder_input_tokens"][0] >= 259 for part in parts]
+    assert sentinels[0].any() and not np.array_equal(*sentinels)
+
+
+def test_positions_that_some_processes_saved_are_gone_on_from_by_any_others(config: DataConfig) -> None:
+    config = dataclasses.replace(config, num_shards=2)
+    state: dict[str, bytes] = {}
+    for rows in (shard_rows([0, 1], [0, 1]), shard_rows([2, 3], [2, 3]), shard_rows([2, 3])):
+        iterator = BatchIterator(config, repeat=True, rows=rows)
+        take(iterator, 5)
+        saved = iterator.get_state()
+        assert not saved.keys() & state.keys()
+        state |= saved
+    one = BatchIterator(config, repeat=True)
+    one.set_state(state)
+    assert digest(take(one, 5)) == digest(take(BatchIterator(config, repeat=True), 10)[5:])
 
 
 def words_in(tokens: tuple[int, ...]) -> set[str]:
     """The numbers of the documents whose complete words stand in a text of bytes."""
     text = "".join(chr(token - 3) if 3 <= token < 259 else "?" for token in tokens)
     return {word.split("x")[0] for word in text.split(" ")[1:-1] if "?" not in word}
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(config: DataConfig) -> None:
-    assert refusal(BatchIterator, config, repeat=True, num_shards=3) == (
-        "DataConfig.batch_size is 4, which 3 processes cannot share evenly."
-    )
 
 
 def test_a_split_without_examples_is_one_sentence() -> None:
@@ -277,6 +303,8 @@ def test_a_split_without_examples_is_one_sentence() -> None:
         ({"batch_size": "8"}, "batch_size must be an integer, got '8'."),
         ({"seed": -1}, "seed must not be negative, got -1."),
         ({"extra_ids": -1}, "extra_ids must not be negative, got -1."),
+        ({"num_shards": 3}, "num_shards must divide the batch of 4 rows, got 3."),
+        ({"num_shards": 0}, "num_shards must divide the batch of 4 rows, got 0."),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused(config: DataConfig, changes: dict[str, Any], expected: str) -> None:

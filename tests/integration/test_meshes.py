@@ -57,7 +57,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_and_only_all_to_a
         state, _ = step_fn(state, first.place(_batch(first, step)))
     saved = jax.tree.map(np.asarray, state)
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(STEPS, state, b"")
+        checkpointer.save(STEPS, state, {})
 
     losses = {}
     for name, mesh in MESHES.items():

@@ -12,7 +12,7 @@ from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
-from switch_t5.partitioning.placement import batch_sharding, place_batch, tree_shardings
+from switch_t5.partitioning.placement import batch_rows, batch_sharding, place_batch, tree_shardings
 
 pytestmark = pytest.mark.multidevice
 
@@ -21,6 +21,11 @@ pytestmark = pytest.mark.multidevice
 def mesh() -> Mesh:
     """Two devices along each axis."""
     return make_mesh(MeshConfig(num_expert_partitions=2, num_model_partitions=2))
+
+
+def test_one_process_holds_and_owns_every_row(mesh: Mesh) -> None:
+    rows = batch_rows(mesh, 8)
+    assert rows.held.tolist() == rows.owned.tolist() == [*range(8)]
 
 
 def test_a_batch_is_split_by_sequences_over_data_and_expert(mesh: Mesh) -> None:
