@@ -35,7 +35,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint3
 
 def key_value_store(path: str) -> ts.KvStore:
     """The files below a folder, local or ``gs://``."""
-    url = path if "://" in path else f"file://{path}"
+    url = path if "://" in path else f"file://{os.path.abspath(path)}"
     return ts.KvStore.open(url.rstrip("/") + "/").result()
 
 

@@ -19,6 +19,7 @@ from switch_t5.checkpoint.formats import read_checkpoint
 from switch_t5.checkpoint.huggingface import architecture_of, config_of, sparse_pattern
 from switch_t5.checkpoint.load import load_params, load_state
 from switch_t5.checkpoint.manager import Checkpointer
+from switch_t5.checkpoint.t5x_files import key_value_store
 from switch_t5.errors import UserError
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
@@ -196,3 +197,9 @@ def test_every_pattern_of_sparse_blocks_that_transformers_makes_is_written_as_a_
         if any(pattern):
             architecture = dataclasses.replace(dense, encoder=pattern)
             assert architecture_of(config_of(architecture, "float32"), "here") == architecture
+
+
+def test_a_relative_path_of_t5x_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    key_value_store("models/one").write("checkpoint", b"index").result()
+    assert (tmp_path / "models" / "one" / "checkpoint").read_bytes() == b"index"
