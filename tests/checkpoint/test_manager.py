@@ -234,7 +234,7 @@ def test_arrays_are_written_as_they_are_and_compressed_ones_of_earlier_versions_
 
     def size(folder: Path) -> int:
         with Checkpointer(folder) as checkpointer:
-            checkpointer.save(1, zeros, b"")
+            checkpointer.save(1, zeros, {})
             checkpointer.wait()
             _assert_same_bits(checkpointer.restore(_abstract(zeros)).state, zeros)
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -403,7 +403,7 @@ def test_a_checkpoint_half_written_at_a_kill_is_ignored_and_removed(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() == 1
         restored = checkpointer.restore(_abstract(_number(0)))
-        assert (restored.step, restored.data_state) == (1, b"1")
+        assert (restored.step, restored.data_state) == (1, {"0_of_1": b"1"})
         _save_numbers(checkpointer, 3)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3"]
 
@@ -413,7 +413,7 @@ FULL_DISK = """
 
     def attempt(step, state):
         try:
-            checkpointer.save(step, state, {})
+            checkpointer.save(step, state, {{}})
             checkpointer.wait()
         except UserError as error:
             return str(error)
