@@ -145,7 +145,7 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
         def save() -> None:
             nonlocal number
             number += 1
-            assert checkpointer.save(number, state, b"")
+            assert checkpointer.save(number, state, {})
 
         def save_whole() -> None:
             save()
