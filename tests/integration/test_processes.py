@@ -16,6 +16,8 @@ import pytest
 
 from tests.integration.conftest import Program
 
+pytestmark = pytest.mark.timeout(1200)  # Several programs start, several times, on as many cores as there are.
+
 LOCAL = Path(__file__).parents[2] / "scripts" / "launch" / "local.sh"
 STEPS = 20
 RUN = ("--gin.DataConfig.num_shards=4", "--gin.CHECKPOINT_PERIOD=10", f"--gin.TRAIN_STEPS={STEPS}")
@@ -60,7 +62,7 @@ def together(program: Program, model_dir: Path, processes: int, devices: int, *f
     words = program.command("train", model_dir, *flags)
     environment = {**os.environ, "SWITCH_T5": " ".join(words[:3])}
     launch = [str(LOCAL), f"--processes={processes}", f"--devices={devices}", *words[3:]]
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
