@@ -72,7 +72,8 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
         huggingface.config_of(architecture, "float32")
     arrays = {name: _array(source, entry, dtype) for name, entry in places.items()}
     step = source.reader.checkpoint.step or 0
-    path = {NATIVE: Path(to), T5X: Path(to) / f"{FOLDER}{step}", HUGGING_FACE: Path(to)}[form]
+    folder = Path(to).absolute()  # As Orbax and tensorstore want it.
+    path = {NATIVE: folder, T5X: folder / f"{FOLDER}{step}", HUGGING_FACE: folder}[form]
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise _occupied(path)
     return Target(path, form, places, arrays, moments is not None)
