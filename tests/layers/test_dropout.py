@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.layers.dropout import dropout, split_rng
+from switch_t5.layers.moe import layer_keys
 
 
 def test_dropout_is_the_identity_without_a_key_and_at_rate_zero() -> None:
@@ -44,3 +45,12 @@ def test_splitting_no_key_gives_no_keys_and_splitting_one_gives_distinct_ones() 
     assert split_rng(None, 3) == [None, None, None]
     keys = split_rng(jax.random.key(0), 3)
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys if key is not None}) == 3
+
+
+def test_no_key_of_a_sparse_layer_is_that_of_one_of_its_rows() -> None:
+    """Rows fold their number into the key of the experts."""
+    keys = layer_keys(jax.random.key(0))
+    assert keys.experts is not None
+    rows = [jax.random.fold_in(keys.experts, row) for row in range(8)]
+    drawn = {tuple(jax.random.key_data(key).tolist()) for key in (*keys, *rows) if key is not None}
+    assert len(drawn) == len(keys) + len(rows)
