@@ -15,6 +15,7 @@ WORDS = [
     "plan",
     "--gin_file=tests/integration/tiny.gin",
     "--gin.TEXTS=none",
+    "--gin.text_task.name=planned_texts",  # Tests of one process share its tasks: `tiny_texts` may be another's.
     "--gin.BATCH_SIZE=32",
     "--gin.TransformerConfig.dropout_rate=0.0",
     "--devices=cpu:8",
