@@ -3,12 +3,16 @@
 A loop over blocks of any number of rows copies a kernel for every few rows that it multiplies, and its gradient into
 their stack; with many experts that takes as long as the products. All experts' even rows have kernel gradients in one
 product that writes the stack itself.
+
+Experts that get less than their share are filled up, and those are products for nothing. Where loads are skewed, half a
+share wastes less and still spares most experts the loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -21,8 +25,8 @@ Result = TypeVar("Result")
 _MOST = 128
 """Rows of an expert from which on the copies of its kernels no longer count beside its products."""
 
-_EVEN = 4
-"""One row in so many may be beyond its expert's share."""
+_BEYOND_SHARE, _BEYOND_HALF = 0.25, 0.75
+"""The parts of all rows that may be beyond their experts' shares, or beyond half of these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +34,58 @@ class EvenRows:
     """The first rows of each expert, the same number of each; experts that have fewer are filled up with zeros.
 
     Attributes:
-      share: int32, how many of each expert's rows these are; 0 where none are, since the loads are not even.
-      row: ``[expert, share]`` int32, where each stands among the rows sorted by expert.
-      mine: ``[expert, share, 1]`` bool, which of them the expert has.
-      place: ``[rows]`` int32, where a sorted row stands in ``expert * share``.
-      inside: ``[rows, 1]`` bool, whether it does.
+      share: int32, how many of each expert's rows these are: as many as there is room for, half as many, or 0.
+      row: ``[expert, room]`` int32, where each stands among the rows sorted by expert.
+      mine: ``[expert, room, 1]`` bool, which of them the expert has.
+      nth: ``[rows]`` int32, which of its expert's rows a sorted row is.
+      expert: ``[rows]`` int32, whose it is.
+      inside: ``[rows, 1]`` bool, whether it is one of these.
     """
 
     share: Array
     row: Array
     mine: Array
-    place: Array
+    nth: Array
+    expert: Array
     inside: Array
 
+    @property
+    def room(self) -> int:
+        """The most that ``share`` can be."""
+        return self.row.shape[1]
+
+    @property
+    def half(self) -> EvenRows:
+        """These with half the room."""
+        room = -(-self.room // 2)
+        return dataclasses.replace(self, row=self.row[:, :room], mine=self.mine[:, :room])
+
     def take(self, rows: Array) -> Array:
-        """``[rows, columns]`` to ``[expert, share, columns]``."""
+        """``[rows, columns]`` to ``[expert, room, columns]``."""
         return jnp.where(self.mine, rows[self.row], 0)
 
     def put(self, even: Array, rows: Array) -> Array:
-        """``[rows, columns]`` with ``even`` ``[expert, share, columns]`` in its places."""
-        return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[self.place], rows)
+        """``[rows, columns]`` with ``even`` ``[expert, room, columns]`` in its places."""
+        place = jnp.where(self.inside[:, 0], self.expert * self.room + self.nth, 0)
+        return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[place], rows)
 
     def work(self, function: Callable[..., Result], *operands: Any) -> Result:
-        """``function`` of ``operands`` where there are such rows; else zeros, which take no product."""
-        shapes = jax.eval_shape(function, *operands)
+        """``function`` of such rows and of ``operands``; zeros, which take no product, where there are none.
+
+        It is called with rows of this room, and with rows of half of it, whose results are filled up with zeros.
+        """
+        shapes = jax.eval_shape(partial(function, self), *operands)
+
+        def of(even: EvenRows, *operands: Any) -> Result:
+            fill = lambda value, shape: jnp.pad(  # noqa: E731
+                value, [(0, there - here) for here, there in zip(value.shape, shape.shape, strict=True)]
+            )
+            return jax.tree.map(fill, function(even, *operands), shapes)
+
         nothing = lambda *_: jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)  # noqa: E731
-        return jax.lax.cond(self.share > 0, function, nothing, *operands)
+        choices = [nothing, partial(of, self.half), partial(of, self)]
+        # 0, half the room or all of it: a room of 1 has itself for a half.
+        return jax.lax.switch((self.share > 0).astype(jnp.int32) + (self.share == self.room), choices, *operands)
 
     def plus(self, value: Array, stack: Array, expert: Array) -> Array:
         """``value`` and what such rows have put in ``stack`` ``[expert, ...]``, which is not read without them."""
@@ -76,16 +106,20 @@ def even_share(rows: int, num_experts: int) -> int:
 
 
 def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
-    """The first ``share`` of each expert's rows, where the loads are even; else none of them.
+    """The first rows of each expert: ``share`` where the loads are even, half of that, or none.
 
     Args:
       rows: sorted by expert, and those after the last expert's.
       sizes: ``[expert]`` int32, how many rows each has.
       share: at least 1.
     """
-    # Where loads are skewed, the loop multiplies fewer rows.
-    beyond = jnp.sum(jnp.maximum(sizes - share, 0))
-    used = beyond * _EVEN <= jnp.sum(sizes)
+
+    def spread(share: int, beyond: float) -> Array:
+        # Else the loop multiplies so many fewer rows that it is faster with its copies.
+        return jnp.sum(jnp.maximum(sizes - share, 0)) <= beyond * jnp.sum(sizes)
+
+    half = -(-share // 2)
+    taken = jnp.where(spread(share, _BEYOND_SHARE), share, jnp.where(spread(half, _BEYOND_HALF), half, 0))
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     offset = jnp.arange(share, dtype=jnp.int32)
@@ -93,7 +127,6 @@ def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
     every = jnp.arange(rows, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(ends, every, side="right"), sizes.shape[0] - 1)
     nth = every - starts[expert]
-    inside = used & (nth < share) & (every < ends[-1])
-    place = jnp.where(inside, expert * share + nth, 0)
-    mine = (offset < sizes[:, None])[..., None]
-    return EvenRows(jnp.where(used, share, 0), row, mine, place, inside[:, None])
+    inside = (nth < taken) & (every < ends[-1])
+    mine = offset < sizes[:, None]
+    return EvenRows(taken, row, mine[..., None], nth, expert, inside[:, None])

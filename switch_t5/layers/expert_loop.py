@@ -69,7 +69,7 @@ def _forward(
     y, branches = blocks.over_experts(one, (y, branches))
     even_branches = None
     if even is not None:
-        even_y, even_branches = even.work(partial(_even_forward, hidden, even), x, into, wo, keep)
+        even_y, even_branches = even.work(partial(_even_forward, hidden), x, into, wo, keep)
         y = even.put(even_y, y)
     return y, (x, into, wo, keep, sizes, branches, even_branches)
 
@@ -81,7 +81,7 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
     even, even_dx = even_rows(rows, sizes, load.share) if load.share else None, dy
     d_kernels = tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
     if even is not None:
-        backward = partial(_even_backward, hidden, even)
+        backward = partial(_even_backward, hidden)
         even_dx, d_kernels = even.work(backward, x, into, wo, keep, even_branches, dy)
     blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
 
@@ -122,7 +122,7 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
 def _even_forward(
     hidden: Hidden, even: EvenRows, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The even rows' output, ``[expert, share, embed]``, and their products with each kernel of ``into``."""
+    """The even rows' output, ``[expert, room, embed]``, and their products with each kernel of ``into``."""
     x = even.take(x)
     branches = tuple(_products(x, kernel) for kernel in into)
     return _products(hidden(_take(even, keep), *branches), wo), branches
@@ -138,8 +138,11 @@ def _even_backward(
     branches: tuple[Array, ...],
     dy: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The gradients of the even rows, ``[expert, share, embed]``, and what they add to those of the kernels."""
-    dy = even.take(dy)
+    """The gradients of the even rows, ``[expert, room, embed]``, and what they add to those of the kernels.
+
+    ``branches`` have as much room or more.
+    """
+    dy, branches = even.take(dy), tuple(branch[:, : even.room] for branch in branches)
     activated, pull = jax.vjp(partial(hidden, _take(even, keep)), *branches)
     d_branches = pull(_transposed_products(dy, wo))
     d_wo = _summed_outers(activated + zero_after(d_branches[0][0, 0, 0]), dy)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_t5.layers.even_rows import even_rows, even_share
+from switch_t5.layers.even_rows import EvenRows, even_rows, even_share
 from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.row_blocks import Load
 
@@ -77,12 +77,29 @@ def test_even_rows_are_the_first_of_each_expert_and_go_back_where_they_came_from
     np.testing.assert_array_equal(put[:, 0], [10, 20, 0, 40, 50, 60, 0, 0])
 
 
-def test_skewed_loads_have_no_even_rows() -> None:
-    assert int(even_rows(40, jnp.asarray([19, 7, 7, 7]), 10).share) == 10
-    skewed = even_rows(40, jnp.asarray([25, 5, 5, 5]), 10)
-    assert int(skewed.share) == 0
+def test_the_more_loads_are_skewed_the_fewer_rows_are_even() -> None:
+    loads = {10: [19, 7, 7, 7], 5: [25, 5, 5, 5], 0: [37, 1, 1, 1]}
+    for share, sizes in loads.items():
+        assert int(even_rows(40, jnp.asarray(sizes), 10).share) == share
+    none = even_rows(40, jnp.asarray(loads[0]), 10)
     rows = jnp.ones((40, 1))
-    np.testing.assert_array_equal(skewed.put(jnp.zeros((4, 10, 1)), rows), rows)
+    np.testing.assert_array_equal(none.put(jnp.zeros((4, 10, 1)), rows), rows)
+
+
+def test_half_of_the_even_rows_are_worked_on_alone_and_filled_up() -> None:
+    even = even_rows(6, jnp.asarray([5, 1]), 3)
+    rows = jnp.arange(1.0, 7)[:, None]
+    assert (int(even.share), even.room, even.half.room) == (2, 3, 2)
+    seen = []
+
+    def work(even: EvenRows, rows: jax.Array) -> jax.Array:
+        seen.append(even.room)
+        return 10 * even.take(rows)
+
+    worked = even.work(work, rows)
+    np.testing.assert_array_equal(worked[..., 0], [[10, 20, 0], [60, 0, 0]])
+    assert set(seen) == {2, 3}
+    np.testing.assert_array_equal(even.put(worked, rows)[:, 0], [10, 20, 3, 4, 5, 60])
 
 
 def test_the_share_of_an_expert_is_even_and_none_where_kernels_are_small_beside_rows() -> None:
