@@ -102,11 +102,11 @@ def mean_and_deviation(losses: Sequence[float]) -> tuple[float | None, float | N
     return mean, statistics.stdev(losses) if finite and len(losses) > 1 else None
 
 
-def as_text(mean: float | None, deviation: float | None) -> str:
+def as_text(mean: float | None, deviation: float | None, digits: int = 4) -> str:
     """A mean with its deviation, as it stands in a table."""
     if mean is None:
         return "not finite"
-    return f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
 
 
 def as_json(result: Any) -> str:
