@@ -225,11 +225,9 @@ SERVED = {"slots", "dropped", *OUTPUT}
 SENT = {"routes", *SERVED}
 """What depends on who is sent where; a load that counts first choices alone does not."""
 BALANCE = {"load_balance_loss", *LOGITS}
-EVERYTHING = {
-    *("tokens", "expert_load", "load_balance_loss", "router_z_loss", "importance_loss"),
-    *("router_entropy", "router_confidence"),
-    *SENT,
-}
+DISTRIBUTION = {"load_balance_loss", "router_z_loss", "importance_loss", "router_entropy", "router_confidence"}
+"""What is computed from probabilities alone, in float32."""
+EVERYTHING = {"tokens", "expert_load", *DISTRIBUTION, *SENT}
 
 
 class Wrong(NamedTuple):
@@ -287,7 +285,7 @@ MORE_WRONG = [
     Wrong("training's capacity and plan", EVALUATED, LAYER, "route", as_in_training, {"expert_load", *SENT, *BALANCE}),
     Wrong("groups balanced apart", GROUPED, balance, "load_balance_loss", each_group_on_its_own, BALANCE),
     Wrong("each sequence a group", GROUPED, moe, "group_shape", each_sequence_on_its_own, {"importance_loss", *OUTPUT}),
-    Wrong("a router in bfloat16", Cell("switch", dtype="bfloat16"), LAYER, "_router_logits", in_bfloat16, LOGITS),
+    Wrong("a router in bfloat16", Cell("switch", dtype="bfloat16"), LAYER, "_router_logits", in_bfloat16, DISTRIBUTION),
 ]
 
 
