@@ -43,8 +43,8 @@ def test_a_ceiling_is_that_of_the_quotient_and_not_of_its_rounding_error(
 def test_a_floor_and_a_rounding_are_those_of_the_sources_float_to_the_last_bit() -> None:
     # 100 x 1.15 is 114.99999999999999 as a float64: Mesh TensorFlow has 22 slots, where 23 would be exact.
     assert expert_capacity(100, 5, 1.15, min_expert_capacity=1) == int(100 * 1.15 / 5) == 22
-    # 50 x 2.3 / 2 is 57.49999999999999: T5X has 57, where 57.5 would round to 58.
-    assert expert_capacity(50, 2, 2.3, min_expert_capacity=1, rounding="round") == round(50 * 2.3 / 2) == 57
+    # 100 x 2.3 / 4 is 57.49999999999999: T5X has 57, where 57.5 would round to 58.
+    assert expert_capacity(100, 4, 2.3, min_expert_capacity=1, rounding="round") == round(100 * 2.3 / 4) == 57
 
 
 @pytest.mark.parametrize("field", ["train_capacity_factor", "eval_capacity_factor"])
