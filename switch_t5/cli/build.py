@@ -80,7 +80,7 @@ class RunSpec:
             decoding=configuration.get("DecodingConfig"),
             evaluation=configuration.get("EvaluationConfig"),
         )
-        spec._check_load_loss()
+        spec._check_router_losses()
         spec._check_teacher()
         if spec.train.upcycling is not None:
             check_upcycled(spec.transformer)
@@ -104,13 +104,20 @@ class RunSpec:
                 )
         return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, keep_best=best or None))
 
-    def _check_load_loss(self) -> None:
+    def _check_router_losses(self) -> None:
         layers = [moe for decoder in (False, True) for moe in self.transformer.sparse_configs(decoder=decoder)]
         if self.loss.load_loss_weight and all(moe.router.exploration != "gaussian" for moe in layers):
             raise ConfigError(
                 "LossConfig.load_loss_weight",
                 f"is {self.loss.load_loss_weight}, but the load loss is of gaussian noise, which no router here has; "
                 "set RouterConfig.exploration = 'gaussian', or the weight to 0.",
+            )
+        # The weights of the other losses are set by default and by the conventions, whatever the router.
+        if self.loss.importance_loss_weight and not any(moe.router.has_kernel for moe in layers):
+            raise ConfigError(
+                "LossConfig.importance_loss_weight",
+                f"is {self.loss.importance_loss_weight}, but no router here has probabilities that it could even out; "
+                "set it to 0.",
             )
 
     def _check_teacher(self) -> None:

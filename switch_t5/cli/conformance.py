@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 
-from switch_t5.cli.output import add_json_flag, write_json
+from switch_t5.cli.output import STANDARD_OUTPUT, add_json_flag, write_json
 from switch_t5.errors import UserError
 
 GREEN, RED = 0, 1
@@ -33,23 +33,24 @@ def run(args: argparse.Namespace) -> int:
     chosen = [Cell(router) for router in ROUTERS] if args.quick else list(cells(jax.device_count()))
     device = jax.devices()[0].device_kind
     print(f"{len(chosen)} cells on {jax.device_count()} {device}, jax {jax.__version__}", file=sys.stderr)
+    # A result that was asked for is on standard output, unless that is asked to be JSON.
+    table = sys.stderr if args.json == STANDARD_OUTPUT else sys.stdout
     print(
         "| router | layer | dispatch | dtype | mesh | worst error | in | within |\n|---|---|---|---|---|---|---|---|",
-        file=sys.stderr,
+        file=table,
     )
     rows, is_green = [], True
     for cell in chosen:
         result = check(cell)
-        quantity, error = result.worst
-        is_green &= result.is_green
-        verdict = f"{result.bound:.0e}" if result.is_green else f"{result.bound:.0e}: NO"
+        worst, is_green = result.worst, is_green and result.is_green
+        verdict = f"{result.bounds[worst]:.0e}" if result.is_green else f"{result.bounds[worst]:.0e}: NO"
         names = cell.router, cell.layer, cell.dispatch, cell.dtype, cell.mesh
-        print(f"| {' | '.join(names)} | {error:.1e} | {quantity} | {verdict} |", file=sys.stderr, flush=True)
+        print(f"| {' | '.join(names)} | {result.errors[worst]:.1e} | {worst} | {verdict} |", file=table, flush=True)
         rows.append(
             {
                 **dataclasses.asdict(cell),
                 "errors": result.errors,
-                "bound": result.bound,
+                "bounds": result.bounds,
                 "is_green": result.is_green,
             }
         )

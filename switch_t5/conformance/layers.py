@@ -11,6 +11,8 @@ import numpy as np
 from switch_t5.conformance import oracle
 from switch_t5.conformance.routers import Router
 from switch_t5.layers.moe_config import MoEConfig, Padding
+from switch_t5.routing.assignment import Assignment, Choices
+from switch_t5.routing.balance import BalanceScope
 
 NOISE_STD = 0.5
 """Of gaussian logits: enough to move many tokens to another expert."""
@@ -25,6 +27,10 @@ class Layer:
       activations: of the experts; two gate.
       num_shared_experts: beside the routed ones.
       is_noisy: gaussian logits, and the load loss that they allow.
+      train: False for evaluation, whose capacity is another.
+      scope: of the load-balance loss.
+      sequences: that a group's tokens are of.
+      in_bfloat16: whether it is tried in bfloat16 too; not where all that it changes is the router's float32.
       router: the name of the only router that the form is tried with; None for every one.
     """
 
@@ -32,6 +38,10 @@ class Layer:
     activations: tuple[str, ...] = ("relu",)
     num_shared_experts: int = 0
     is_noisy: bool = False
+    train: bool = True
+    scope: BalanceScope = "group"
+    sequences: int = 1
+    in_bfloat16: bool = True
     router: str | None = "top_2"
 
     def adapt(self, config: MoEConfig) -> MoEConfig:
@@ -41,7 +51,11 @@ class Layer:
             noise_std = NOISE_STD * config.num_experts
             router = dataclasses.replace(router, exploration="gaussian", noise_std=noise_std)
         return dataclasses.replace(
-            config, router=router, padding=self.padding, num_shared_experts=self.num_shared_experts
+            config,
+            router=router,
+            padding=self.padding,
+            num_shared_experts=self.num_shared_experts,
+            balance_scope=self.scope,
         )
 
     @property
@@ -50,16 +64,19 @@ class Layer:
         return ("wi",) if len(self.activations) == 1 else ("wi_0", "wi_1")
 
 
+PLAIN = "plain"
+SEVERAL = "two sequences a group, balance over the batch"
 LAYERS: dict[str, Layer] = {
-    "plain": Layer(router=None),
+    PLAIN: Layer(router=None),
     "gated": Layer(activations=("gelu", "linear")),
     "shared expert": Layer(num_shared_experts=1),
     "noisy": Layer(is_noisy=True),
     "padding counted": Layer(padding="counted", router="switch"),
     "padding routed": Layer(padding="routed"),
     "padding zeroed": Layer(padding="zeroed"),
+    "evaluation": Layer(train=False, router="sinkhorn", in_bfloat16=False),
+    SEVERAL: Layer(scope="batch", sequences=2, in_bfloat16=False),
 }
-PLAIN = "plain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,48 +135,60 @@ def evaluate(layer: Layer, router: Router, arrays: Mapping[str, np.ndarray], exa
         routes = oracle.top_k(logits, routed, example.capacity, k=2, gumbel=noise)
     else:
         noise = np.zeros(())
-        routes = router.routes(logits, routed, example.tokens, example.capacity, example.bias)
+        choose = router.routes if layer.train else router.evaluation_routes or router.routes
+        routes = choose(logits, routed, example.tokens, example.capacity, example.bias)
     output = oracle.combine(x, routes, [arrays[name] for name in layer.into], arrays["wo"], layer.activations)
     if layer.num_shared_experts:
         kernels = [arrays[f"shared/{name}"][None] for name in layer.into]
         output = output + oracle.experts_forward(x, kernels, arrays["shared/wo"][None], layer.activations)[0]
-    losses = router.losses(logits, routed, routes)
+    losses = router.losses(logits, routed, routes, layer.scope)
     statistics = router.statistics(logits, routed, routes)
     if layer.is_noisy:
         load = oracle.load_loss(logits, logits + noise, routed, k=2, noise_std=NOISE_STD)
         losses["load_loss"] = (load * routed.sum(axis=1)).sum()
     if layer.padding == "counted":
-        losses["load_balance_loss"], statistics["expert_load"] = _counting_padding(logits, real)
+        losses["load_balance_loss"], statistics["expert_load"] = _counting_padding(logits, real, layer.scope)
     return Evaluation(output, losses, statistics, routes)
 
 
-def _counting_padding(logits: np.ndarray, mask: np.ndarray) -> tuple[Any, np.ndarray]:
+def _counting_padding(logits: np.ndarray, mask: np.ndarray, scope: BalanceScope) -> tuple[Any, np.ndarray]:
     """The load-balance loss, summed over tokens, and the load, where padding counts as any token: k = 1."""
     everyone = np.ones_like(mask)
     experts = np.argmax(np.real(logits), axis=-1)
-    mean = oracle.padding_counted_load_balance_loss(oracle.softmax(logits), experts, mask, everyone)
+    mean = oracle.padding_counted_load_balance_loss(oracle.softmax(logits), experts, mask, everyone, scope=scope)
     return mean * mask.size, np.bincount(experts.ravel(), minlength=logits.shape[-1])
 
 
-def places_of(routes: list[oracle.Route], shape: tuple[int, ...], *, has_slots: bool) -> np.ndarray:
-    """``[G, S, E]``: 0 where a token does not choose the expert, -1 without a slot, else 1 plus the slot's place.
+def expected_places(routes: list[oracle.Route], shape: tuple[int, ...], *, has_slots: bool) -> dict[str, np.ndarray]:
+    """Who goes where, by token and expert.
 
-    Without slots every choice is 1.
+    Args:
+      routes: of every choice.
+      shape: G, S, E.
+      has_slots: whether there is a capacity.
+
+    Returns:
+      ``routes`` ``[G, S, E]``, 1 where a token chooses the expert and 0 elsewhere; and ``slots`` ``[G, S, E]``, where
+      there are any: 1 plus the slot's place in its expert, 0 for none.
     """
-    places = np.zeros(shape)
+    places = {"routes": np.zeros(shape)} | ({"slots": np.zeros(shape)} if has_slots else {})
     for route in routes:
-        place = 1 if not has_slots else -1 if route.position is None else 1 + route.position
-        places[route.group, route.token, route.expert] = place
+        index = route.group, route.token, route.expert
+        places["routes"][index] = 1
+        if has_slots and route.position is not None:
+            places["slots"][index] = 1 + route.position
     return places
 
 
-def found_places(expert: np.ndarray, slot: np.ndarray | None, num_experts: int, capacity: int) -> np.ndarray:
-    """:func:`places_of` ``expert`` and ``slot`` ``[G, S, K]``, as :mod:`switch_t5.routing.assignment` has them."""
-    places = np.zeros((*expert.shape[:2], num_experts))
-    for group, token, choice in np.argwhere(expert < num_experts):
-        place = 1
-        if slot is not None:
-            at = slot[group, token, choice]
-            place = -1 if at == num_experts * capacity else 1 + at % capacity
-        places[group, token, expert[group, token, choice]] = place
+def found_places(choices: Choices) -> dict[str, np.ndarray]:
+    """:func:`expected_places` of what the library decided."""
+    expert = np.asarray(choices.expert)
+    places = {"routes": np.zeros((*expert.shape[:2], choices.num_experts))}
+    for group, token, choice in np.argwhere(expert < choices.num_experts):
+        places["routes"][group, token, expert[group, token, choice]] = 1
+    if isinstance(choices, Assignment):
+        slot, places["slots"] = np.asarray(choices.slot), np.zeros_like(places["routes"])
+        for group, token, choice in np.argwhere(slot < choices.num_experts * choices.capacity):
+            owner, position = divmod(slot[group, token, choice], choices.capacity)
+            places["slots"][group, token, owner] = 1 + position
     return places

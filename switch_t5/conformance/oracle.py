@@ -288,14 +288,14 @@ def combine(x: Array, routes: Sequence[Route], wi: Sequence[Array], wo: Array, a
     return y
 
 
-def _selections(probs: Array, routes: Sequence[Route], mask: Array, first_only: bool, slots: bool = False) -> Array:
+def _selections(probs: Array, routes: Sequence[Route], mask: Array, first_only: bool) -> Array:
     """Selections of each expert, [G, E]."""
     counts = np.zeros((probs.shape[0], probs.shape[-1]))
     if first_only:
         # The most probable expert, not the route's: a token may have taken a slot of a later round's expert.
         picks = [(index[0], _largest(probs[index].real, 1)[0]) for index in _real_tokens(mask)]
     else:
-        picks = [(route.group, route.expert) for route in routes if route.position is not None or not slots]
+        picks = [(route.group, route.expert) for route in routes]
     for pick in picks:
         counts[pick] += 1
     return counts
@@ -308,15 +308,14 @@ def load_balance_loss(
     *,
     scope: str = "group",
     first_choice_only: bool = False,
-    slots: bool = False,
 ) -> Any:
     """E times the sum over experts of f_i P_i, [G]: Fedus et al. 2022, equations 4-6; 0 for padding alone.
 
-    The ``scope`` "batch" has one f and one P over all groups and returns a scalar. f counts all selections; or each
-    token's most probable expert (``first_choice_only``, GShard's algorithm 1); or the ``slots`` that were taken.
+    The ``scope`` "batch" has one f and one P over all groups and returns a scalar. f counts all selections, or each
+    token's most probable expert (``first_choice_only``, GShard's algorithm 1).
     """
     probs = _numbers(probs)
-    counts = _selections(probs, routes, mask, first_choice_only, slots)
+    counts = _selections(probs, routes, mask, first_choice_only)
     losses = []
     for groups in {"group": [[group] for group in range(len(probs))], "batch": [list(range(len(probs)))]}[scope]:
         f = counts[groups].sum(axis=0) / max(counts[groups].sum(), 1)

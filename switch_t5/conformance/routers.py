@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from switch_t5.conformance import oracle
+from switch_t5.routing.balance import BalanceScope
 from switch_t5.routing.router import RouterConfig
 
 Routes = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None, np.ndarray], list[oracle.Route]]
@@ -24,12 +25,14 @@ class Router:
         the oracle's routes.
       probs: logits to the distribution that losses see; None where experts are given and there are no logits.
       first_choice_only: the load counts only first choices.
+      evaluation_routes: as ``routes``, in evaluation; None for the same.
     """
 
     config: RouterConfig
     routes: Routes
     probs: Callable[[np.ndarray], np.ndarray] | None = oracle.softmax
     first_choice_only: bool = False
+    evaluation_routes: Routes | None = None
 
     def distribution(self, logits: np.ndarray, routes: list[oracle.Route]) -> np.ndarray:
         """``[G, S, E]``, what losses and statistics see."""
@@ -40,10 +43,12 @@ class Router:
             probs[route.group, route.token, route.expert] = 1
         return probs
 
-    def losses(self, logits: np.ndarray, mask: np.ndarray, routes: list[oracle.Route]) -> dict[str, Any]:
+    def losses(
+        self, logits: np.ndarray, mask: np.ndarray, routes: list[oracle.Route], scope: BalanceScope
+    ) -> dict[str, Any]:
         """As :class:`switch_t5.routing.balance.RouterStats` names and sums them; of complex logits too."""
         probs, real = self.distribution(logits, routes), mask.sum(axis=1)
-        balance = oracle.load_balance_loss(probs, routes, mask, first_choice_only=self.first_choice_only)
+        balance = oracle.load_balance_loss(probs, routes, mask, scope=scope, first_choice_only=self.first_choice_only)
         return {
             "load_balance_loss": (balance * real).sum(),
             "router_z_loss": 0.0 if self.probs is None else oracle.router_z_loss(logits, mask).sum(),
@@ -126,6 +131,7 @@ ROUTERS: dict[str, Router] = {
     "sinkhorn": Router(
         RouterConfig(router="sinkhorn", sinkhorn_iterations=4),
         lambda logits, mask, tokens, capacity, bias: oracle.sinkhorn(logits, mask, capacity, iterations=4),
+        evaluation_routes=lambda logits, mask, tokens, capacity, bias: oracle.top_k(logits, mask, capacity),
     ),
     "sigmoid_top_k": sigmoid_top_k(weight_scale=1.5),
     "sigmoid_limited": sigmoid_top_k(num_expert_groups=4, num_limited_groups=2),

@@ -13,6 +13,9 @@ from switch_t5.routing.router import RouterConfig
 
 Padding = Literal["ignored", "counted", "zeroed", "routed"]
 
+MOST_CAPACITY_FACTOR = 1e6
+"""More than any number of experts, with as many of which no token is ever dropped."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
@@ -66,9 +69,7 @@ class MoEConfig:
             value = getattr(self, field)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"MoEConfig.{field}", f"must be at least 1, got {value}.")
-        for field in ("train_capacity_factor", "eval_capacity_factor"):
-            if getattr(self, field) <= 0:
-                raise ConfigError(f"MoEConfig.{field}", f"must be above 0, got {getattr(self, field)}.")
+        self._check_capacity_factors()
         for field in ("jitter_noise", "router_input_dropout_rate", "expert_dropout_rate"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"MoEConfig.{field}", f"must be in [0, 1), got {getattr(self, field)}.")
@@ -83,6 +84,30 @@ class MoEConfig:
         if self.dispatch == "dropless":
             self._check_dropless()
         self.router.check_experts(self.num_experts)
+        if not self.router.has_kernel:
+            self._refuse_what_is_of_logits()
+
+    def _refuse_what_is_of_logits(self) -> None:
+        # Not jitter_noise, which is on by default and set by the conventions.
+        for field, default in (("router_input_dropout_rate", 0.0), ("router_dtype", "float32")):
+            if getattr(self, field) != default:
+                raise ConfigError(
+                    f"MoEConfig.{field}",
+                    f"has no effect on the router {self.router.router!r}, which multiplies no input; "
+                    f"leave it at {default!r}.",
+                )
+
+    def _check_capacity_factors(self) -> None:
+        for field in ("train_capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, field)
+            if value <= 0:
+                raise ConfigError(f"MoEConfig.{field}", f"must be above 0, got {value}.")
+            if value > MOST_CAPACITY_FACTOR:
+                raise ConfigError(
+                    f"MoEConfig.{field}",
+                    f"must be at most {MOST_CAPACITY_FACTOR:.0e}, got {value}; num_experts, {self.num_experts}, is "
+                    "room for every token.",
+                )
 
     def _check_dropless(self) -> None:
         if self.expert_capacity is not None:

@@ -6,6 +6,7 @@ Source: Fedus et al. 2022, section 2.2 (expert capacity), and Mesh TensorFlow's 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Literal
 
 Rounding = Literal["floor", "round", "ceil"]
@@ -69,11 +70,15 @@ def expert_capacity(
       num_experts: experts in the layer.
       capacity_factor: 1.0 leaves room for a perfectly balanced group and no more.
       min_expert_capacity: the least number of slots.
-      rounding: Mesh TensorFlow takes the floor, T5X rounds (half to even).
+      rounding: Mesh TensorFlow takes the floor, T5X rounds (half to even), both of a float64, and so it is here, to the
+        last bit; ``ceil`` is that of the exact quotient, the factor being the decimal number that is written.
 
     Returns:
       The capacity; never more than the group's tokens, since none can use more.
     """
-    exact = group_tokens * capacity_factor / num_experts
-    slots = {"floor": math.floor, "round": round, "ceil": math.ceil}[rounding](exact)
+    if rounding == "ceil":
+        # 110 tokens at 1.1 for 11 experts are 11 slots; as a float64 the quotient is a hair above, and its ceiling 12.
+        slots = math.ceil(group_tokens * Fraction(str(capacity_factor)) / num_experts)
+    else:
+        slots = {"floor": math.floor, "round": round}[rounding](group_tokens * capacity_factor / num_experts)
     return min(max(slots, min_expert_capacity), group_tokens)

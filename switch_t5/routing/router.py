@@ -82,6 +82,18 @@ class RouterConfig:
                 "RouterConfig.num_limited_groups",
                 f"must be from 1 to num_expert_groups, {self.num_expert_groups}, got {self.num_limited_groups}.",
             )
+        self._refuse_a_constant_weight()
+
+    def _refuse_a_constant_weight(self) -> None:
+        always = self.router == "sigmoid_top_k"
+        if self.num_selected_experts == 1 and (always or self.renormalize_weights):
+            whose = f"the router {self.router!r}" if always else "renormalize_weights"
+            others = "" if always else ", or renormalize_weights = False"
+            raise ConfigError(
+                "RouterConfig.num_selected_experts",
+                f"is 1, but {whose} divides a token's weights by their sum: one alone always weighs the same, and the "
+                f"output would teach the router nothing; give 2 or more{others}.",
+            )
 
     def _refuse_what_has_no_effect(self) -> None:
         takers = {

@@ -79,3 +79,10 @@ def test_a_load_loss_without_gaussian_noise_is_refused() -> None:
         "RouterConfig.exploration = 'gaussian', or the weight to 0."
     )
     check("LossConfig.load_loss_weight=0.1", "MoEConfig.router=@RouterConfig()", "RouterConfig.exploration=gaussian")
+
+
+def test_an_importance_loss_without_probabilities_is_refused() -> None:
+    settings = ("LossConfig.importance_loss_weight=0.1", "MoEConfig.router=@RouterConfig()")
+    with pytest.raises(ConfigError, match=r"importance_loss_weight is 0\.1, but no router here has probabilities"):
+        check(*settings, "RouterConfig.router=hash")
+    check(*settings)

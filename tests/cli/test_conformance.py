@@ -24,12 +24,25 @@ def two_routers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_prints_a_line_a_cell_and_writes_every_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
     assert main(["conformance", "--quick", f"--json={path}"]) == 0
-    printed = capsys.readouterr().err
-    assert "| switch | plain | gather | float32 | 1 device |" in printed
-    assert printed.endswith("all within their bounds.\n")
+    printed = capsys.readouterr()
+    assert [line.split(" | ")[0] for line in printed.out.splitlines()[2:]] == ["| switch", "| hash"]
+    assert "| switch | plain | gather | float32 | 1 device |" in printed.out
+    assert printed.err.endswith("all within their bounds.\n")
     rows = json.loads(path.read_text())["cells"]
     assert [row["router"] for row in rows] == ["switch", "hash"]
-    assert all(row["is_green"] and 0 < max(row["errors"].values()) < row["bound"] for row in rows)
+    assert all(row["is_green"] and row["errors"].keys() == row["bounds"].keys() for row in rows)
+    assert all(0 < max(row["errors"].values()) < min(row["bounds"].values()) for row in rows)
+
+
+@pytest.mark.usefixtures("two_routers")
+def test_json_on_standard_output_has_it_to_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cells, "check", lambda cell: Result(cell, {"output": 0.0}))
+    assert main(["conformance", "--quick", "--json=-"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["cells"]) == 2
+    assert "| hash | plain |" in printed.err
 
 
 @pytest.mark.usefixtures("two_routers")
@@ -37,13 +50,13 @@ def test_a_cell_beyond_its_bound_makes_the_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def check(cell: Cell) -> Result:
-        return Result(cell, {"output": 1.0 if cell.router == "hash" else 0.0}, 0.5)
+        return Result(cell, {"output": 1.0 if cell.router == "hash" else 0.0})
 
     monkeypatch.setattr(cells, "check", check)
     assert main(["conformance", "--quick"]) == 1
-    printed = capsys.readouterr().err
-    assert "| hash | plain | gather | float32 | 1 device | 1.0e+00 | output | 5e-01: NO |" in printed
-    assert printed.endswith("some cells are beyond their bound.\n")
+    printed = capsys.readouterr()
+    assert "| hash | plain | gather | float32 | 1 device | 1.0e+00 | output | 2e-05: NO |" in printed.out
+    assert printed.err.endswith("some cells are beyond their bound.\n")
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ def test_combine_weighs_kept_routes_and_ignores_dropped_ones():
 # Means of the table over its five real tokens: 0.5, 0.35, 0.15.
 
 
-def test_load_balance_counts_selections_first_choices_or_slots():
+def test_load_balance_counts_selections_or_first_choices():
     # Selections 4, 1, 0: 3 (0.8 0.5 + 0.2 0.35).
     assert oracle.load_balance_loss(TABLE, top_k(LOGITS, MASK, 2), MASK) == pytest.approx([1.41])
     # Selections 5, 5, 0: 3 (0.5 0.5 + 0.5 0.35).
@@ -243,12 +243,9 @@ def test_load_balance_counts_selections_first_choices_or_slots():
     # The first choice, where a later round's expert took the token.
     routes = oracle.no_token_left_behind(LOGITS, MASK, 2, rounds=3)
     assert oracle.load_balance_loss(TABLE, routes, MASK, first_choice_only=True) == pytest.approx([1.41])
-    # Slots that were taken, two of each expert.
+    # Two of each expert.
     taken = oracle.expert_choice(LOGITS, MASK, 2)
-    assert oracle.load_balance_loss(TABLE, taken, MASK, slots=True) == pytest.approx([1.0])
-    # Switch keeps 2, 1, 0: 3 (2/3 0.5 + 1/3 0.35).
-    kept = top_k(LOGITS, MASK, 2)
-    assert oracle.load_balance_loss(TABLE, kept, MASK, slots=True) == pytest.approx([1.35])
+    assert oracle.load_balance_loss(TABLE, taken, MASK) == pytest.approx([1.0])
 
 
 def test_counted_padding_is_in_f_and_p_and_in_the_mean():

@@ -22,7 +22,8 @@ from switch_t5.training.schedules import constant_schedule
 from switch_t5.training.state import TrainState
 from switch_t5.training.step import train_step
 
-MOE = MoEConfig(4, group_size=16, router=RouterConfig(router="sigmoid_top_k", bias_update_rate=0.5))
+SIGMOID = RouterConfig(router="sigmoid_top_k", num_selected_experts=2, bias_update_rate=0.5)
+MOE = MoEConfig(4, group_size=16, router=SIGMOID)
 CONFIG = TransformerConfig(11, 8, 2, 4, 16, 4, 2, moe=MOE, encoder_sparse_layers=1)
 
 

@@ -95,8 +95,9 @@ def test_scanned_equals_written_out_with_statistics_in_the_same_order() -> None:
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_bias_of_each_router_moves_against_its_own_load(scan_layers: bool) -> None:
     """Sigmoid feed-forwards and attention with a rate of its own; then attention without a bias."""
-    biased = dataclasses.replace(MOE, router=RouterConfig(router="sigmoid_top_k", bias_update_rate=0.5))
-    faster = dataclasses.replace(MOE, router=RouterConfig(router="sigmoid_top_k", bias_update_rate=2.0))
+    sigmoid = RouterConfig(router="sigmoid_top_k", num_selected_experts=2, bias_update_rate=0.5)
+    biased = dataclasses.replace(MOE, router=sigmoid)
+    faster = dataclasses.replace(MOE, router=dataclasses.replace(sigmoid, bias_update_rate=2.0))
     loads = np.random.default_rng(0).permuted(np.tile([9.0, 1, 1, 1], (8, 1)), axis=1)
     zeros = jnp.zeros(8)
     names = [field.name for field in dataclasses.fields(RouterStats)]

@@ -22,7 +22,6 @@ KEY = jax.random.key(7)
 CASES: dict[str, Router] = {
     **ROUTERS,
     "top_3": top_k(3),
-    "switch_renormalized": top_k(1, renormalize=True),
     "top_2_renormalized": top_k(2, renormalize=True),
     "gshard_top_2": gshard_top_2(lambda mask: np.asarray(jax.random.uniform(KEY, mask.shape))),
     "sigmoid_limited": sigmoid_top_k(num_expert_groups=2, num_limited_groups=1),
@@ -37,7 +36,7 @@ CASES: dict[str, Router] = {
 """The routers of conformance with others beside them: two groups of few experts, and draws with a key."""
 
 KNOWS_TIES = [
-    *("switch", "top_2", "top_3", "switch_renormalized", "top_2_renormalized", "top_3_renormalized"),
+    *("switch", "top_2", "top_3", "top_2_renormalized", "top_3_renormalized"),
     "no_token_left_behind",
 ]
 """Those for which equal logits are equal in float32 wherever they are in the oracle. Which of two tokens with the same
@@ -47,7 +46,7 @@ logits in another order is the surer, rounding decides."""
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def decide(
     config: RouterConfig,
-    capacity: int,
+    capacity: int | None,
     logits: Any,
     mask: Any,
     tokens: Any,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from switch_t5.errors import ConfigError
+from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.routing.capacity import Rounding, expert_capacity, group_shape, sequences_per_group
 
 
@@ -24,6 +28,34 @@ def test_capacity_is_tokens_over_experts_times_the_factor(
     tokens: int, experts: int, factor: float, rounding: Rounding, slots: int
 ) -> None:
     assert expert_capacity(tokens, experts, factor, min_expert_capacity=1, rounding=rounding) == slots
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "factor", "slots"),
+    [(110, 11, 1.1, 11), (100, 10, 2.2, 22), (50, 5, 1.1, 11), (99, 7, 1, 15)],
+)
+def test_a_ceiling_is_that_of_the_quotient_and_not_of_its_rounding_error(
+    tokens: int, experts: int, factor: float, slots: int
+) -> None:
+    assert expert_capacity(tokens, experts, factor, min_expert_capacity=1, rounding="ceil") == slots
+
+
+def test_a_floor_and_a_rounding_are_those_of_the_sources_float_to_the_last_bit() -> None:
+    # 100 x 1.15 is 114.99999999999999 as a float64: Mesh TensorFlow has 22 slots, where 23 would be exact.
+    assert expert_capacity(100, 5, 1.15, min_expert_capacity=1) == int(100 * 1.15 / 5) == 22
+    # 100 x 2.3 / 4 is 57.49999999999999: T5X has 57, where 57.5 would round to 58.
+    assert expert_capacity(100, 4, 2.3, min_expert_capacity=1, rounding="round") == round(100 * 2.3 / 4) == 57
+
+
+@pytest.mark.parametrize("field", ["train_capacity_factor", "eval_capacity_factor"])
+def test_a_factor_beyond_any_number_of_experts_is_refused(field: str) -> None:
+    factor: dict[str, Any] = {field: 1e308}
+    with pytest.raises(
+        ConfigError, match=rf"MoEConfig.{field} must be at most 1e\+06, got 1e\+308; num_experts, 8, is"
+    ):
+        MoEConfig(8, **factor)
+    largest = MoEConfig(8, **{field: 1e6})
+    assert largest.capacity(4096, train=field.startswith("train")) == 4096
 
 
 def test_capacity_of_the_published_models() -> None:

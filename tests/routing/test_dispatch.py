@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_t5.routing.assignment import Assignment
+from switch_t5.conformance.routers import ROUTERS
+from switch_t5.routing.assignment import Assignment, sort_by_expert
 from switch_t5.routing.choice import top_k
-from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
+from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod, combine_rows, dispatch_rows
 from switch_t5.types import Array
+from tests.routing.routers import decide
 
 GROUPS, TOKENS, EXPERTS, CAPACITY, FEATURES = 2, 24, 5, 4, 3
 
@@ -138,8 +140,16 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                     yield from equations(inner)
 
 
+def looked_at(loss: Callable[..., Array], *arguments: Array) -> tuple[set[str], int]:
+    """The primitives of a gradient's forward and backward pass, and the entries of its largest array."""
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
+    found = list(equations(jaxpr.jaxpr))
+    sizes = [getattr(variable.aval, "size", 0) for equation in found for variable in equation.outvars]
+    return {equation.primitive.name for equation in found}, max(sizes)
+
+
 def traced(method: DispatchMethod) -> tuple[set[str], int]:
-    """The primitives of forward and backward pass, and the entries of the largest array."""
+    """A Switch layer looked at."""
     groups, tokens, experts, capacity, features = 2, 64, 8, 10, 16
     mask = jnp.ones((groups, tokens), bool)
 
@@ -154,10 +164,7 @@ def traced(method: DispatchMethod) -> tuple[set[str], int]:
         jnp.ones((features, experts)),
         jnp.ones((experts, features, features)),
     )
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
-    found = list(equations(jaxpr.jaxpr))
-    sizes = [getattr(variable.aval, "size", 0) for equation in found for variable in equation.outvars]
-    return {equation.primitive.name for equation in found}, max(sizes)
+    return looked_at(loss, *arguments)
 
 
 def test_gather_needs_no_scatter_and_no_mask_of_tokens_by_experts_by_capacity() -> None:
@@ -169,3 +176,27 @@ def test_gather_needs_no_scatter_and_no_mask_of_tokens_by_experts_by_capacity() 
     assert largest == 2 * 8 * 10 * 16 < masks
     # The same look at the reference finds the masks, so it does look everywhere.
     assert traced("einsum")[1] >= masks
+
+
+SLOTS = [(name, 10) for name in ROUTERS]
+NO_SLOTS = [(name, None) for name, router in ROUTERS.items() if not router.config.needs_capacity]
+
+
+@pytest.mark.parametrize(("name", "capacity"), [*SLOTS, *NO_SLOTS])
+def test_no_router_needs_a_scatter_or_a_mask_of_tokens_by_experts_by_capacity(name: str, capacity: int | None) -> None:
+    groups, tokens, experts, features = 2, 64, 8, 4
+    mask, ids = jnp.ones((groups, tokens), bool), jnp.zeros((groups, tokens), jnp.int32)
+
+    def loss(x: Array, router: Array) -> Array:
+        routing = decide(ROUTERS[name].config, capacity, x @ router, mask, ids, jnp.zeros(experts))
+        choices = routing.assignment
+        if isinstance(choices, Assignment):
+            return jnp.sum(DISPATCHERS["gather"].combine(DISPATCHERS["gather"].dispatch(x, choices), choices))
+        order = sort_by_expert(choices.expert.reshape(groups * tokens, -1), experts)
+        rows = dispatch_rows(x.reshape(groups * tokens, features), order)
+        return jnp.sum(combine_rows(rows, choices.weight.reshape(groups * tokens, -1), order))
+
+    primitives, largest = looked_at(loss, jnp.ones((groups, tokens, features)), jnp.ones((features, experts)))
+    assert not [name for name in primitives if "scatter" in name]
+    # As large as any choice's rows are [2, 64, 8, 4], where an expert may choose each token.
+    assert largest <= groups * tokens * experts * features < groups * tokens * experts * 10

@@ -128,6 +128,15 @@ def test_both_stacks_have_one_group_size() -> None:
             {"noise_std": 0.5, "exploration": "sample"},
             "noise_std has no effect with exploration = 'sample'; it is for 'gaussian'",
         ),
+        (
+            {"router": "sigmoid_top_k"},
+            r"num_selected_experts is 1, but the router 'sigmoid_top_k' divides .*; give 2 or more\.$",
+        ),
+        (
+            {"renormalize_weights": True},
+            r"is 1, but renormalize_weights divides .*; give 2 or more, or renormalize_weights = False\.$",
+        ),
+        ({"router": "sinkhorn", "renormalize_weights": True}, "is 1, but renormalize_weights divides"),
     ],
 )
 def test_a_wrong_router_is_refused_with_one_sentence(settings: dict[str, Any], message: str) -> None:
@@ -139,7 +148,9 @@ def test_what_has_an_effect_is_accepted_and_so_is_permission_that_is_not_needed(
     RouterConfig(exploration="gaussian", noise_std=0.5)
     RouterConfig(router="no_token_left_behind", num_rounds=3)
     RouterConfig(router="sinkhorn", sinkhorn_iterations=4)
-    RouterConfig(router="sigmoid_top_k", num_expert_groups=4, num_limited_groups=2, bias_update_rate=0.0)
+    RouterConfig(
+        router="sigmoid_top_k", num_selected_experts=2, num_expert_groups=4, num_limited_groups=2, bias_update_rate=0.0
+    )
     RouterConfig(allow_future_tokens=True)
 
 
@@ -148,7 +159,11 @@ def test_what_has_an_effect_is_accepted_and_so_is_permission_that_is_not_needed(
     [
         (2, {"num_selected_experts": 3}, "num_selected_experts must not exceed the 2 experts to choose from, got 3"),
         (4, {"router": "no_token_left_behind", "num_rounds": 5}, "num_rounds must not exceed the 4 experts"),
-        (6, {"router": "sigmoid_top_k", "num_expert_groups": 4}, "num_expert_groups must divide num_experts, 6, got 4"),
+        (
+            6,
+            {"router": "sigmoid_top_k", "num_selected_experts": 2, "num_expert_groups": 4},
+            "num_expert_groups must divide num_experts, 6, got 4",
+        ),
         (
             8,
             {"router": "sigmoid_top_k", "num_expert_groups": 4, "num_selected_experts": 3},
@@ -162,6 +177,15 @@ def test_choices_that_the_experts_do_not_offer_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         MoEConfig(experts, router=RouterConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["hash", "random"])
+@pytest.mark.parametrize(("field", "value"), [("router_input_dropout_rate", 0.1), ("router_dtype", "bfloat16")])
+def test_what_is_of_logits_has_no_effect_without_them(name: Any, field: str, value: Any) -> None:
+    settings = {field: value}
+    with pytest.raises(ConfigError, match=f"MoEConfig.{field} has no effect on the router '{name}', .*; leave it at "):
+        MoEConfig(4, router=RouterConfig(router=name), **settings)
+    MoEConfig(4, **settings)
 
 
 def test_a_hash_is_fixed_and_spreads_the_vocabulary() -> None:

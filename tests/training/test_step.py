@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +18,13 @@ from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits
+from switch_t5.training.loop import Recorder
 from switch_t5.training.losses import LossConfig
+from switch_t5.training.metrics_file import MetricsFile
+from switch_t5.training.progress import Progress, Speedometer
 from switch_t5.training.state import TrainState
 from switch_t5.training.step import accumulate, eval_step, train_step
+from switch_t5.training.tensorboard import TensorBoard
 from switch_t5.types import Array, Params
 from tests.model.small import Example, examples, packed, random_params, unpacked
 
@@ -191,3 +197,22 @@ def test_a_few_steps_lower_the_loss() -> None:
         state, metrics = run(state, batch())
         losses.append(float(metrics["cross_entropy"]))
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+
+
+def test_a_router_that_is_not_finite_is_in_metrics_jsonl_and_a_sound_one_is_not(tmp_path: Path) -> None:
+    def is_poisoned(path: Any) -> bool:
+        name = jax.tree_util.keystr(path)
+        return "encoder" in name and name.endswith("['router']")
+
+    params = jax.tree.map_with_path(lambda path, leaf: leaf + jnp.inf if is_poisoned(path) else leaf, PARAMS)
+    state, contents = TrainState(jnp.zeros((), jnp.int32), params, params), batch()
+    _, metrics = step_function(1)(state, contents)
+    with MetricsFile(tmp_path / "metrics.jsonl", None) as file:
+        board, progress = TensorBoard(tmp_path, None, active=False), Progress(1, active=False)
+        schedule = optax.constant_schedule(0.1)
+        Recorder(file, board, progress, Speedometer(1, 1), schedule, "task").log(1, metrics)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert entry["encoder/0/nonfinite"] == np.sum(np.asarray(contents["encoder_segment_ids"]) > 0)
+    assert [name for name in entry if name.endswith("nonfinite")] == ["encoder/0/nonfinite"]
+    assert np.isfinite(entry["loss"])
