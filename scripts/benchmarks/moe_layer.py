@@ -16,7 +16,7 @@ The processes keep the memory that they have freed, in large pages: gigabytes th
 each step can take longer than the layer, and on a virtual machine any time. ``--fresh_memory`` leaves that to malloc.
 
 ``--peers`` times the layers of DeepSpeed and Hugging Face in a process of their own on the same tokens and routes,
-beside PyTorch's dense feed-forward.
+beside PyTorch's dense feed-forward: those of ``--peers=deepspeed`` or ``--peers=huggingface`` alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--routes", default="balanced,zipf", help="balanced, zipf, or both")
     parser.add_argument("--group_size", type=int, default=TOKENS, help="tokens of a routing group, of ours alone")
     parser.add_argument("--fresh_memory", action="store_true", help="give memory back and ask anew at each step")
-    parser.add_argument("--peers", action="store_true", help="also time the layers of DeepSpeed and Hugging Face")
+    parser.add_argument("--peers", nargs="?", const=",".join(PEERS), default="", help="also time the layers of others")
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with torch and the peers")
     add_common_flags(parser, repeats=7)
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -74,8 +74,8 @@ def main() -> int:
         args.sizes.split(","), map(int, args.experts.split(",")), args.routes.split(",")
     ):
         rows += [finished(run("row", size, experts, routes, method)) for method in args.dispatch.split(",")]
-        if args.peers:
-            rows += [finished(run("peer_row", size, experts, routes, peer, python=args.peer_python)) for peer in PEERS]
+        for peer in filter(None, args.peers.split(",")):
+            rows.append(finished(run("peer_row", size, experts, routes, peer, python=args.peer_python)))
     report(rows, table(rows), args.json)
     return 0
 
@@ -162,11 +162,16 @@ def measure(size: str, experts: int, routes: str, method: Any, *, group_size: in
         "cpu_seconds": seconds["layer"][1],
         "floor_cpu_seconds": seconds["floor"][1],
         "dense_cpu_seconds": seconds["dense"][1],
-        "wall_seconds": seconds["layer"][0],
+        **wall(seconds),
         "temporary_bytes": memory.temp_size_in_bytes,
         "dispatched_bytes": 4 * (TOKENS if method == "dropless" else experts * capacity) * (2 * emb_dim + mlp_dim),
         "largest_load": max(counts),
     }
+
+
+def wall(seconds: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """A row's wall seconds, for its JSON: the table's ratios are of CPU seconds."""
+    return {f"{name}_wall_seconds": pair[0] for name, pair in seconds.items()}
 
 
 def each_by_itself(experts: Any) -> Any:
@@ -196,12 +201,6 @@ def products(x: Any, hidden: Any, wi: Any, wo: Any) -> Any:
 def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: int) -> dict[str, Any]:
     """The layer of DeepSpeed or Hugging Face on the same tokens, with the same router."""
     import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
-    from deepspeed.moe.experts import Experts  # pyright: ignore[reportMissingImports]
-    from deepspeed.moe.sharded_moe import MOELayer, TopKGate  # pyright: ignore[reportMissingImports]
-    from transformers.models.switch_transformers import (  # pyright: ignore[reportMissingImports]
-        modeling_switch_transformers as huggingface,
-    )
 
     emb_dim, mlp_dim = (int(part) for part in size.split("x"))
     tokens, router, _ = routed_tokens(emb_dim, experts, routes)
@@ -212,11 +211,19 @@ def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: in
         return torch.nn.Sequential(into, torch.nn.ReLU(), out)
 
     def deepspeed() -> Any:
+        from deepspeed.moe.experts import Experts  # pyright: ignore[reportMissingImports]
+        from deepspeed.moe.sharded_moe import MOELayer, TopKGate  # pyright: ignore[reportMissingImports]
+
         gate = TopKGate(emb_dim, experts, k=1, capacity_factor=CAPACITY_FACTOR, min_capacity=4, use_rts=False)
         gate.wg.weight.data = torch.from_numpy(router.T.copy())
         return MOELayer(gate, Experts(feed_forward(), experts), "none", 1, experts)
 
-    def huggingface_layer() -> Any:
+    def huggingface() -> Any:
+        import transformers  # pyright: ignore[reportMissingImports]
+        from transformers.models.switch_transformers import (  # pyright: ignore[reportMissingImports]
+            modeling_switch_transformers as modeling,
+        )
+
         config = transformers.SwitchTransformersConfig(
             d_model=emb_dim,
             d_ff=mlp_dim,
@@ -225,7 +232,7 @@ def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: in
             router_jitter_noise=0.0,
             dropout_rate=0.0,
         )
-        layer = huggingface.SwitchTransformersSparseMLP(config)
+        layer = modeling.SwitchTransformersSparseMLP(config)
         layer.router.classifier.weight.data = torch.from_numpy(router.T.copy())
         return layer
 
@@ -237,7 +244,7 @@ def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: in
         loss = module(x, *more).sum()
         (loss + getattr(module, "l_aux", 0.0)).backward()
 
-    layer, more = (deepspeed(), (None,)) if peer == "deepspeed" else (huggingface_layer(), ())
+    layer, more = (deepspeed(), (None,)) if peer == "deepspeed" else (huggingface(), ())
     dense = feed_forward()
     seconds = times({"layer": lambda: step(layer, *more), "dense": lambda: step(dense)}, repeats, WARM_UP)
     return {
@@ -248,7 +255,7 @@ def measure_peer(size: str, experts: int, routes: str, peer: str, *, repeats: in
         "routes": routes,
         "cpu_seconds": seconds["layer"][1],
         "dense_cpu_seconds": seconds["dense"][1],
-        "wall_seconds": seconds["layer"][0],
+        **wall(seconds),
     }
 
 

@@ -234,16 +234,16 @@ def sigmoid_top_k(
     choices = {}
     for index in _real_tokens(mask):
         selection = scores[index].real + np.real(bias)
-        experts = _largest(selection, k, _limited_experts(selection, num_expert_groups, num_limited_groups))
+        experts = _largest(selection, k, _limited_experts(selection, k, num_expert_groups, num_limited_groups))
         total = _sum(scores[index][experts])
         choices[index] = [(expert, scale * scores[index][expert].item() / total) for expert in experts]
     return _choice_major(choices, capacity)
 
 
-def _limited_experts(selection: Array, num_groups: int, num_limited: int) -> list[int]:
-    """Experts of the best groups; a group's score is the sum of its two largest selection scores."""
+def _limited_experts(selection: Array, k: int, num_groups: int, num_limited: int) -> list[int]:
+    """Experts of the best groups; a group's score is the sum of its largest ``k / num_limited`` selection scores."""
     groups = np.split(selection, num_groups)
-    kept = _largest([_sum(sorted(group)[-2:]) for group in groups], num_limited)
+    kept = _largest([_sum(sorted(group, reverse=True)[: max(1, k // num_limited)]) for group in groups], num_limited)
     return [expert for expert in range(len(selection)) if expert // len(groups[0]) in kept]
 
 

@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 _MOST = 128
 """Rows of an expert from which on the copies of its kernels no longer count beside its products."""
 
-_BEYOND_SHARE, _BEYOND_HALF = 0.25, 0.75
-"""The parts of all rows that may be beyond their experts' shares, or beyond half of these."""
+_FILLED, _HALF_FILLED = 0.75, 0.5
+"""The parts of their places that rows must fill, for shares and for halves of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class EvenRows:
 
     def take(self, rows: Array) -> Array:
         """``[rows, columns]`` to ``[expert, room, columns]``."""
-        return jnp.where(self.mine, rows[self.row], 0)
+        return jnp.where(self.mine, rows[self.row], jnp.zeros((), rows.dtype))  # Masks stay masks.
 
     def put(self, even: Array, rows: Array) -> Array:
         """``[rows, columns]`` with ``even`` ``[expert, room, columns]`` in its places."""
@@ -114,12 +114,12 @@ def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
       share: at least 1.
     """
 
-    def spread(share: int, beyond: float) -> Array:
+    def filled(share: int, part: float) -> Array:
         # Else the loop multiplies so many fewer rows that it is faster with its copies.
-        return jnp.sum(jnp.maximum(sizes - share, 0)) <= beyond * jnp.sum(sizes)
+        return jnp.sum(jnp.minimum(sizes, share)) >= part * share * sizes.shape[0]
 
     half = -(-share // 2)
-    taken = jnp.where(spread(share, _BEYOND_SHARE), share, jnp.where(spread(half, _BEYOND_HALF), half, 0))
+    taken = jnp.where(filled(share, _FILLED), share, jnp.where(filled(half, _HALF_FILLED), half, 0))
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     offset = jnp.arange(share, dtype=jnp.int32)

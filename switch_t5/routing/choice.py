@@ -180,20 +180,22 @@ def sinkhorn_scores(router_logits: Array, mask: Array, iterations: int) -> Array
     return logits + potential[:, None]
 
 
-def limited_scores(scores: Array, num_expert_groups: int, num_limited_groups: int) -> Array:
+def limited_scores(scores: Array, k: int, num_expert_groups: int, num_limited_groups: int) -> Array:
     """Scores with all but the best groups of experts excluded, ``[..., E]``.
 
-    Source: DeepSeek-V3 (2024), section 2.1.2 (node-limited routing). A group's score is the sum of its two best.
+    Source: DeepSeek-V3 (2024), section 2.1.2 (node-limited routing). A group's score is the sum of its best
+    ``k / num_limited_groups``. The released code takes two, which is the same for its 8 experts of 4 groups.
 
     Args:
       scores: ``[..., E]``.
+      k: experts that a token is to have.
       num_expert_groups: equal groups of consecutive experts.
       num_limited_groups: groups that a token may choose from.
     """
     if num_limited_groups == num_expert_groups:
         return scores
     grouped = scores.reshape(*scores.shape[:-1], num_expert_groups, -1)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
+    best = jax.lax.top_k(grouped, min(max(1, k // num_limited_groups), grouped.shape[-1]))[0]
     kept = _best(jnp.sum(best, axis=-1), num_limited_groups)
     is_kept = jnp.any(kept[..., None] == jnp.arange(num_expert_groups), axis=-2)
     return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)

@@ -147,7 +147,10 @@ class RouterConfig:
 
     @property
     def sees_future_tokens(self) -> bool:
-        """Whether a token's experts depend on later tokens, beyond who is dropped."""
+        """Whether a token's experts depend on later tokens even where there is room for all.
+
+        Where there is not, second choices and rounds of every router find what first choices of later tokens left.
+        """
         return self.router in ("expert_choice", "sinkhorn") or self.batch_prioritized
 
     @property
@@ -242,7 +245,9 @@ def route(
             total = jnp.sum(scores, axis=-1, keepdims=True)
             probs = scores / jnp.where(total > 0, total, 1)  # All zero where every logit is far below zero.
             biased = scores if bias is None else scores + bias.astype(scores.dtype)
-            limited = choice.limited_scores(biased, config.num_expert_groups, config.num_limited_groups)
+            limited = choice.limited_scores(
+                biased, config.num_selected_experts, config.num_expert_groups, config.num_limited_groups
+            )
             assignment = choice.top_k(
                 scores,
                 capacity,

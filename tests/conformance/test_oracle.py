@@ -186,10 +186,14 @@ def test_sigmoid_excludes_experts_of_weaker_groups():
     check(routes, [(0, 0, 1, 0, 6 / 11), (0, 1, 0, 0, 5 / 11)])
     single = oracle.sigmoid_top_k(SCORES, ONE, 1, k=2, bias=BIAS, num_expert_groups=4, num_limited_groups=2)
     check(single, [(0, 0, 3, 0, 0.25), (0, 1, 1, 0, 0.75)])
-    # The two best of three experts each: 0.5 + 0.5 (+ 0.5) against 0.7 + 0.6 (+ 0.1).
+    # Of two choices the two best of three experts count: 0.5 + 0.5 (+ 0.5) against 0.7 + 0.6 (+ 0.1).
     logits, bias = logit([[[0.5, 0.5, 0.5, 0.7, 0.6, 0.1]]]), np.zeros(6)
+    routes = oracle.sigmoid_top_k(logits, ONE, 1, k=2, bias=bias, num_expert_groups=2, num_limited_groups=1)
+    check(routes, [(0, 0, 3, 0, 7 / 13), (0, 1, 4, 0, 6 / 13)])
+    # Of one choice the best counts: 0.5 (+ 0.5) against 0.7 (+ 0.1).
+    logits, bias = logit([[[0.5, 0.5, 0.7, 0.1]]]), np.zeros(4)
     routes = oracle.sigmoid_top_k(logits, ONE, 1, k=1, bias=bias, num_expert_groups=2, num_limited_groups=1)
-    check(routes, [(0, 0, 3, 0, 1.0)])
+    check(routes, [(0, 0, 2, 0, 1.0)])
 
 
 def test_sigmoid_ties_and_slots():

@@ -53,10 +53,12 @@ def found(load: Load, arrays: list[jax.Array], sizes: jax.Array) -> tuple[jax.Ar
     return y, *pull(dy)
 
 
-@pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=50)], ids=str)
+# Of shares of 6 and 11, [10, 10, 10, 10] fills all, [9, 7, 5, 6] all of the first and half of the other, the next two
+# half, and the others none.
+@pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=11)], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 40], [0, 25, 1, 7], [6, 7, 5, 0], [0, 0, 0, 0]],
+    [[10, 10, 10, 10], [9, 7, 5, 6], [0, 25, 4, 7], [6, 7, 5, 0], [40, 0, 0, 0], [0, 0, 0, 40], [0, 0, 0, 0], [33]],
     ids=str,
 )
 def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Load, sizes: list[int]) -> None:
@@ -67,20 +69,33 @@ def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Loa
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [[10, 10, 10, 10], [9, 7, 5, 6]], ids=str)
+def test_a_bfloat16_layer_is_as_near_as_its_numbers_allow(sizes: list[int]) -> None:
+    arrays = operands(40, 4)
+    narrow = [jnp.asarray(array, bool if array.dtype == bool else jnp.bfloat16) for array in arrays]
+    results = found(Load(share=6), narrow, jnp.asarray(sizes, jnp.int32))
+    for result, expected in zip(results, in_loops(arrays, sizes), strict=True):
+        # Four products and sums of ten rows, each rounded to 8 bits.
+        np.testing.assert_allclose(result.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max())
+
+
 def test_even_rows_are_the_first_of_each_expert_and_go_back_where_they_came_from() -> None:
-    rows = jnp.arange(1.0, 9)[:, None]  # 3 of the first expert, none, 2, 1, and 2 of nobody.
-    even = even_rows(8, jnp.asarray([3, 0, 2, 1]), 2)
+    rows = jnp.arange(1.0, 11)[:, None]  # 3 of the first expert, 2, 1, 1, 2, and 1 of nobody.
+    even = even_rows(10, jnp.asarray([3, 2, 1, 1, 2]), 2)
     assert int(even.share) == 2
     taken = even.take(rows)
-    np.testing.assert_array_equal(taken[..., 0], [[1, 2], [0, 0], [4, 5], [6, 0]])
+    np.testing.assert_array_equal(taken[..., 0], [[1, 2], [4, 5], [6, 0], [7, 0], [8, 9]])
+    assert even.take(rows > 0).dtype == bool
     put = even.put(10 * taken, jnp.zeros_like(rows))
-    np.testing.assert_array_equal(put[:, 0], [10, 20, 0, 40, 50, 60, 0, 0])
+    np.testing.assert_array_equal(put[:, 0], [10, 20, 0, 40, 50, 60, 70, 80, 90, 0])
 
 
 def test_the_more_loads_are_skewed_the_fewer_rows_are_even() -> None:
     loads = {10: [19, 7, 7, 7], 5: [25, 5, 5, 5], 0: [37, 1, 1, 1]}
     for share, sizes in loads.items():
         assert int(even_rows(40, jnp.asarray(sizes), 10).share) == share
+    # Nor where most of the rows are nobody's, however even the others.
+    assert int(even_rows(40, jnp.asarray([2, 2, 2, 2]), 10).share) == 0
     none = even_rows(40, jnp.asarray(loads[0]), 10)
     rows = jnp.ones((40, 1))
     np.testing.assert_array_equal(none.put(jnp.zeros((4, 10, 1)), rows), rows)

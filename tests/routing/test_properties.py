@@ -92,7 +92,7 @@ def test_the_oracle_agrees(name: str, data: st.DataObject) -> None:
         weights[route.group, route.token, route.choice] = route.weight
     np.testing.assert_allclose(routing.assignment.weight, weights, rtol=1e-5, atol=1e-7)
 
-    expected = {**case.losses(logits, mask, routes), **case.statistics(logits, mask, routes)}
+    expected = {**case.losses(logits, mask, routes, "group"), **case.statistics(logits, mask, routes)}
     found = example.statistics(case, routing)
     for field, value in expected.items():
         np.testing.assert_allclose(getattr(found, field), value, rtol=1e-4, atol=1e-5, err_msg=field)
