@@ -369,7 +369,7 @@ def check_batch(spec: RunSpec, mesh: Mesh) -> None:
             )
     # A group larger than a device's share would depend on the mesh, and so would the result.
     if share % sequences:
-        fitting = max(divisor for divisor in range(1, sequences + 1) if share % divisor == 0)
+        fitting = max(divisor for divisor in range(1, min(sequences, share) + 1) if share % divisor == 0)
         raise ConfigError(
             "MoEConfig.group_size",
             f"is {group_size}, {sequences} sequences of {length} tokens, which do not divide a device's share of a "

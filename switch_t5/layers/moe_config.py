@@ -13,6 +13,9 @@ from switch_t5.routing.router import RouterConfig
 
 Padding = Literal["ignored", "counted", "zeroed", "routed"]
 
+_MOST_EXPERTS = 2**16
+"""More than any model has (Switch-C: 2048); indices of slots stay far from the end of int32."""
+
 MOST_CAPACITY_FACTOR = 1e6
 """More than any number of experts, with as many of which no token is ever dropped."""
 
@@ -69,6 +72,9 @@ class MoEConfig:
             value = getattr(self, field)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"MoEConfig.{field}", f"must be at least 1, got {value}.")
+        for field in ("num_experts", "num_shared_experts"):
+            if getattr(self, field) > _MOST_EXPERTS:
+                raise ConfigError(f"MoEConfig.{field}", f"must be at most {_MOST_EXPERTS}, got {getattr(self, field)}.")
         self._check_capacity_factors()
         for field in ("jitter_noise", "router_input_dropout_rate", "expert_dropout_rate"):
             if not 0 <= getattr(self, field) < 1:

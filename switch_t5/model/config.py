@@ -82,7 +82,8 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for field in ("mlp_activations", "attention_sparse_projections"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            if not isinstance(getattr(self, field), str):  # Which would come apart in letters.
+                object.__setattr__(self, field, tuple(getattr(self, field)))
         check_types(self)
         for field in (
             "vocab_size",
@@ -207,8 +208,8 @@ class TransformerConfig:
     @property
     def group_size(self) -> GroupSize | None:
         """Encoder tokens routed together, in all sparse layers; None for a dense model."""
-        config = self.attention_moe if self.moe is None else self.moe
-        return None if config is None else config.group_size
+        configs = (*self.sparse_configs(decoder=False), *self.sparse_configs(decoder=True))
+        return configs[0].group_size if configs else None
 
     def sequences_per_group(self, encoder_length: int) -> int:
         """Sequences in a routing group, of both stacks; 1 for a dense model."""

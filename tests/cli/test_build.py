@@ -62,6 +62,14 @@ def test_a_group_that_does_not_divide_a_devices_share_of_a_microbatch_is_refused
     with pytest.raises(ConfigError, match=r"group_size is 64, 2 sequences of 32 tokens, which .* set it to 32\."):
         check("BATCH_SIZE=24", "MoEConfig.group_size=64")
     check("BATCH_SIZE=16", "MoEConfig.group_size=64")
+    # Told at once, however large.
+    with pytest.raises(ConfigError, match=r"which do not divide .* set it to 96\."):
+        check("BATCH_SIZE=24", f"MoEConfig.group_size={10**22}")
+
+
+def test_a_model_without_sparse_layers_has_no_groups_that_could_not_divide() -> None:
+    dense = ("TransformerConfig.encoder_sparse_layers='none'", "TransformerConfig.decoder_sparse_layers='none'")
+    check("BATCH_SIZE=24", "MoEConfig.group_size=64", *dense)
 
 
 def test_a_group_size_without_a_divisor_of_the_length_near_it_is_refused() -> None:

@@ -240,6 +240,8 @@ def test_capacity_follows_the_configuration() -> None:
     ("field", "value", "message"),
     [
         ("num_experts", 0, "must be at least 1, got 0."),
+        ("num_experts", 10**22, "must be at most 65536, got 10000000000000000000000."),
+        ("num_shared_experts", 10**22, "must be at most 65536, got 10000000000000000000000."),
         ("group_size", 0, "must be at least 1, got 0."),
         ("min_expert_capacity", 0, "must be at least 1, got 0."),
         ("min_expert_capacity", -1, "must be at least 1, got -1."),

@@ -109,6 +109,7 @@ def test_a_dense_model_has_no_sparse_layer_whatever_its_layout() -> None:
             ("tanh",),
             "must be one or two of 'relu', 'gelu', 'silu', 'linear', got ('tanh',).",
         ),
+        ("mlp_activations", "relu", "must be a sequence of strings, got 'relu'."),
         ("mlp_activations", (), "must be one or two of 'relu', 'gelu', 'silu', 'linear', got ()."),
         (
             "mlp_activations",
