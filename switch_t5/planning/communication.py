@@ -132,7 +132,7 @@ def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tran
         if "fsdp" in sharded_over(kind):
             whole = number * mesh.fsdp * shard_bytes(kind, mesh, name)
             once = ring_bytes("all-gather", mesh.fsdp, whole)
-            times = (passes if "blocks" in name.split("/") else 1) * workload.microbatches
+            times = (passes if kind.in_blocks else 1) * workload.microbatches
             yield Transfer("fsdp", "all-gather", "parameters", once * times, once)
 
 

@@ -87,8 +87,7 @@ def _gathered(workload: Workload, mesh: MeshShape) -> float:
         split = sharded_over(kind)
         if "fsdp" in split:
             whole = number * mesh.fsdp * shard_bytes(kind, mesh, name)
-            inside = "blocks" in name.split("/")
-            total += 2 * whole / ((sum(sparse) if "expert" in split else len(sparse)) if inside else 1)
+            total += 2 * whole / ((sum(sparse) if "expert" in split else len(sparse)) if kind.in_blocks else 1)
     return total
 
 

@@ -48,11 +48,12 @@ class MeshShape(NamedTuple):
 
 
 class ArrayKind(NamedTuple):
-    """Arrays of one shape, dtype and axes; ``name`` is one of them."""
+    """Arrays of one shape, dtype and axes, in the blocks of a stack or outside."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: Axes
+    in_blocks: bool
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +74,10 @@ class Arrays:
         names: dict[ArrayKind, str] = {}
 
         def count(path: jax.tree_util.KeyPath, leaf: Any, leaf_axes: Axes) -> None:
-            kind = ArrayKind(tuple(leaf.shape), np.dtype(leaf.dtype), tuple(leaf_axes))
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            kind = ArrayKind(tuple(leaf.shape), np.dtype(leaf.dtype), tuple(leaf_axes), "blocks" in name.split("/"))
             counts[kind] += 1
-            names.setdefault(kind, jax.tree_util.keystr(path, simple=True, separator="/"))
+            names.setdefault(kind, name)
 
         jax.tree_util.tree_map_with_path(count, tree, axes)
         return cls(tuple((kind, number, names[kind]) for kind, number in counts.items()))
