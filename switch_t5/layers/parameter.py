@@ -39,7 +39,7 @@ def gather_parameters(module: M) -> M:
     """A module with its parameters as layers use them: see :func:`switch_t5.partitioning.rules.gather_parameter`."""
     graph, params = nnx.split(module)
 
-    def gathered(leaf: nnx.Param, axes: Axes) -> nnx.Param:
+    def gathered(leaf: nnx.Param, axes: Axes) -> nnx.Variable:
         return leaf.replace(gather_parameter(leaf.get_value(), axes))
 
     is_leaf = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
