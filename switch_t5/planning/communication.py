@@ -126,8 +126,8 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
 
 def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     """Parameters that lie in parts, made whole: of blocks in each pass, others once."""
-    # XLA for CPUs finds the gathers of both passes to be the same where they are not in different loops.
-    passes = 2 if merged or workload.config.scan_layers or workload.config.remat else 1
+    # XLA's CPU backend gathers once for both passes, as its HLO shows.
+    passes = 2 if merged else 1
     for kind, number, name in workload.params.kinds:
         if "fsdp" in sharded_over(kind):
             whole = number * mesh.fsdp * shard_bytes(kind, mesh, name)
