@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own flags."""
     parser.add_argument("--topology", metavar="TPU:SHAPE", help="a TPU slice, such as v5p:8x8x8")
     parser.add_argument("--devices", metavar="KIND:N", help="other devices: gpu:H100x256, gpu:A100x64 or cpu:8")
-    parser.add_argument("--mesh", metavar="DxExM", type=_mesh_shape, help="this mesh of data x expert x model alone")
+    parser.add_argument(
+        "--mesh", metavar="DxExM[xF]", type=_mesh_shape, help="this mesh of data x expert x model (x fsdp) alone"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="compile the step for these devices, and compare XLA's counts"
     )
@@ -114,7 +116,7 @@ def spec_on(spec: RunSpec, workload: Workload, mesh: MeshShape) -> RunSpec:
     return dataclasses.replace(
         spec,
         transformer=workload.config,
-        mesh=MeshConfig(mesh.expert, mesh.model, mesh.size),
+        mesh=MeshConfig(mesh.expert, mesh.model, mesh.fsdp, mesh.size),
         train=dataclasses.replace(spec.train, microbatches=workload.microbatches),
     )
 
@@ -146,8 +148,8 @@ def _without_accelerator(compile_for: Topology | None) -> None:
 def _mesh_shape(text: str) -> MeshShape:
     from switch_t5.planning.workload import MeshShape
 
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
-        raise UserError(f"--mesh={text}: give devices along data, expert and model, such as 2x64x4.")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
+        raise UserError(f"--mesh={text}: give devices along data, expert and model (and fsdp), such as 2x64x4.")
     return MeshShape(*map(int, text.split("x")))
 
 

@@ -15,6 +15,7 @@ from switch_t5.planning.memory import DeviceMemory
 from switch_t5.planning.plan import MeshPlan, Plan
 
 SHOWN_MESHES = 12
+_MESH = "data x expert x model (x fsdp)"
 
 
 def show(plan: Plan, active: int) -> None:
@@ -126,7 +127,7 @@ def _show_best(best: MeshPlan, plan: Plan) -> None:
     rows = [(name.replace("_", " "), size(count)) for name, count in sizes.items()]
     rows += [("all at once", size(best.memory.total)), ("a device has", size(plan.topology.chip.memory))]
     rows += [("host, loading", size(best.host.loading)), ("host, saving", size(best.host.saving))]
-    print(f"\nThe mesh {best.mesh} of data x expert x model, a device:\n", file=sys.stderr)
+    print(f"\nThe mesh {best.mesh} of {_MESH}, a device:\n", file=sys.stderr)
     print(table(("memory", "bytes"), rows), file=sys.stderr)
     if best.transfers:
         print("\n" + table(("on the wire", "by", "over", "sent", "at the least"), _wire(best)), file=sys.stderr)
@@ -147,7 +148,7 @@ def _wire(best: MeshPlan) -> list[tuple[str, ...]]:
 
 
 def _show_meshes(plan: Plan) -> None:
-    header = ("data x expert x model", "a device", "step at least", "limited by", "MFU at most", "fits")
+    header = (_MESH, "a device", "step at least", "limited by", "MFU at most", "fits")
     rows = [_mesh_row(one) for one in plan.fitting[:SHOWN_MESHES]]
     rows += [_mesh_row(one) for one in plan.too_large[:SHOWN_MESHES]]
     if rows:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from switch_t5.layers.initializers import Initializer
+from switch_t5.partitioning.rules import gather_parameter
 from switch_t5.types import Axes
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def parameter(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
@@ -30,3 +33,14 @@ def parameter_axes(params: nnx.State) -> Any:
         params,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
     )
+
+
+def gather_parameters(module: M) -> M:
+    """A module with its parameters as layers use them: see :func:`switch_t5.partitioning.rules.gather_parameter`."""
+    graph, params = nnx.split(module)
+
+    def gathered(leaf: nnx.Param, axes: Axes) -> nnx.Variable:
+        return leaf.replace(gather_parameter(leaf.get_value(), axes))
+
+    is_leaf = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    return nnx.merge(graph, jax.tree.map(gathered, params, parameter_axes(params), is_leaf=is_leaf))

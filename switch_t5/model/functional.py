@@ -10,7 +10,8 @@ from flax import nnx
 from switch_t5.layers.parameter import parameter_axes
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import SwitchTransformer
-from switch_t5.types import Array, Params
+from switch_t5.partitioning.rules import gather_parameter
+from switch_t5.types import Array, Axes, Params
 
 
 class Model:
@@ -35,7 +36,11 @@ class Model:
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def bind(self, params: Params) -> SwitchTransformer:
-        """The module with these parameters in place."""
+        """The module with these parameters in place, those outside the blocks gathered; blocks gather their own."""
+
+        def gathered(path: jax.tree_util.KeyPath, leaf: Array, axes: Axes) -> Array:
+            return leaf if jax.tree_util.DictKey("blocks") in path else gather_parameter(leaf, axes)
+
         state = jax.tree.map(lambda leaf: leaf, self._state)
-        nnx.replace_by_pure_dict(state, params)
+        nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(gathered, params, self.axes))
         return nnx.merge(self._graph, state)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from switch_t5.layers.attention import HEADS_AXES, MASKED, attend, into_heads, mask_bias, out_of_heads
+from switch_t5.layers.parameter import gather_parameters
 from switch_t5.model.blocks import RESIDUAL_AXES, Block, BlockInputs
 from switch_t5.model.stack import Stack
 from switch_t5.model.transformer import SwitchTransformer
@@ -175,7 +176,7 @@ def _through(
     def period(blocks: Any, x: Any, caches: tuple[Any, ...]) -> tuple[Any, tuple[BlockCache, ...]]:
         new = []
         for index, cache in enumerate(caches):
-            x, cache = body(getattr(blocks, f"layers_{index}"), x, cache)
+            x, cache = body(gather_parameters(getattr(blocks, f"layers_{index}")), x, cache)
             new.append(cache)
         return x, tuple(new)
 

@@ -7,15 +7,20 @@ and compute the same function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
 
 from switch_t5.layers.dropout import split_rng
+from switch_t5.layers.parameter import gather_parameters
 from switch_t5.model.blocks import Block, BlockInputs
 from switch_t5.model.config import TransformerConfig
+from switch_t5.partitioning.rules import gathers_parameters
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array
 
@@ -52,9 +57,23 @@ def _apply(
     def call(
         params: nnx.State, x: Array, inputs: BlockInputs, rng: Array | None
     ) -> tuple[Array, tuple[RouterStats, ...]]:
-        return nnx.merge(graph, params)(x, inputs, rng)
+        return gather_parameters(nnx.merge(graph, params))(x, inputs, rng)
 
-    return (jax.checkpoint(call) if remat else call)(params, x, inputs, rng)
+    if remat:
+        call = jax.checkpoint(call)
+    elif gathers_parameters():
+        call = jax.checkpoint(call, policy=_all_but_kernels(params))
+    return call(params, x, inputs, rng)
+
+
+def _all_but_kernels(params: nnx.State) -> Callable[..., bool]:
+    """What is kept for the backward pass: all but gathered parameters and their casts, which are made again."""
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+
+    def is_kept(primitive: Primitive, *inputs: ShapedArray, **_: Any) -> bool:
+        return primitive.name not in ("sharding_constraint", "convert_element_type") or inputs[0].shape not in shapes
+
+    return is_kept
 
 
 class Stack(nnx.Module):

@@ -1,8 +1,9 @@
-"""Devices to a mesh of data, expert and model parallelism."""
+"""Devices to a mesh of data, fully sharded data, expert and model parallelism."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -11,8 +12,8 @@ from jax.sharding import Mesh
 
 from switch_t5.errors import ConfigError, check_types
 
-MESH_AXES = ("data", "expert", "model")
-BATCH_AXES = ("data", "expert")
+MESH_AXES = ("data", "fsdp", "expert", "model")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +23,21 @@ class MeshConfig:
     Attributes:
       num_expert_partitions: devices that a layer's experts are spread over.
       num_model_partitions: devices that attention heads, feed-forward and vocabulary are split over.
+      num_fsdp_partitions: devices that parameters and optimizer state are split over between their uses.
       num_devices: devices to use, from the first on; None for all there are.
 
-    What is left, devices / (expert x model), replicates the parameters: pure data parallelism. The batch is
-    split over data and expert alike.
+    What is left, devices / (fsdp x expert x model), replicates the parameters: pure data parallelism. The batch is
+    split over data, fsdp and expert alike.
     """
 
     num_expert_partitions: int = 1
     num_model_partitions: int = 1
+    num_fsdp_partitions: int = 1
     num_devices: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in ("num_expert_partitions", "num_model_partitions"):
+        for field in ("num_expert_partitions", "num_model_partitions", "num_fsdp_partitions"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"MeshConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
 
@@ -43,7 +46,7 @@ def make_mesh(
     config: MeshConfig,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (jax hides that it is a class)
 ) -> Mesh:
-    """Arranges the devices as ``Mesh('data', 'expert', 'model')``.
+    """Arranges the devices as ``Mesh('data', 'fsdp', 'expert', 'model')``.
 
     Raises:
       ConfigError: more devices or partitions are asked for than there are, or the partitions do not divide
@@ -62,25 +65,28 @@ def make_mesh(
             f"is {wanted}, which leaves process {min(left_out)} without a device: start fewer processes.",
         )
     devices = devices[:wanted]
-    partitions = config.num_expert_partitions * config.num_model_partitions
+    parts = (config.num_fsdp_partitions, config.num_expert_partitions, config.num_model_partitions)
+    partitions = math.prod(parts)
+    product = (
+        f"x num_model_partitions x num_fsdp_partitions is {config.num_expert_partitions} x "
+        f"{config.num_model_partitions} x {config.num_fsdp_partitions} = {partitions} partitions"
+    )
     if partitions > wanted:
         raise ConfigError(
             "MeshConfig.num_expert_partitions",
-            f"x num_model_partitions is {config.num_expert_partitions} x {config.num_model_partitions} = {partitions} "
-            f"partitions, more than the {wanted} device(s) here; lower them, or on CPU raise NUM_CPU_DEVICES.",
+            f"{product}, more than the {wanted} device(s) here; lower them, or on CPU raise NUM_CPU_DEVICES.",
         )
     if wanted % partitions:
         usable = max(d for d in range(1, wanted + 1) if wanted % d == 0 and d <= partitions)
         raise ConfigError(
             "MeshConfig.num_expert_partitions",
-            f"x num_model_partitions is {config.num_expert_partitions} x {config.num_model_partitions} = {partitions} "
-            f"partitions, which do not divide {wanted} devices; the nearest product that does is {usable}.",
+            f"{product}, which do not divide {wanted} devices; the nearest product that does is {usable}.",
         )
-    shape = (wanted // partitions, config.num_expert_partitions, config.num_model_partitions)
+    shape = (wanted // partitions, *parts)
     # On a torus an axis may be a part of a physical one: 4 x 32 x 2 on 16 x 16.
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:
     """The number of shards a batch is split into."""
-    return mesh.shape["data"] * mesh.shape["expert"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

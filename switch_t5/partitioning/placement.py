@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switch_t5.partitioning.mesh import BATCH_AXES
-from switch_t5.partitioning.rules import LOGICAL_AXIS_RULES, Rules, named_sharding
+from switch_t5.partitioning.rules import PARAMETER_AXIS_RULES, Rules, named_sharding
 from switch_t5.types import Batch
 
 
-def tree_shardings(mesh: Mesh, tree: Any, axes: Any, rules: Rules = LOGICAL_AXIS_RULES) -> Any:
+def tree_shardings(mesh: Mesh, tree: Any, axes: Any, rules: Rules = PARAMETER_AXIS_RULES) -> Any:
     """Returns the sharding of each array of a tree.
 
     Args:
@@ -35,7 +35,7 @@ def tree_shardings(mesh: Mesh, tree: Any, axes: Any, rules: Rules = LOGICAL_AXIS
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of every feature of a batch: sequences over the data and expert axes."""
+    """The sharding of every feature of a batch: sequences over all axes but model."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -17,8 +18,8 @@ from switch_t5.types import Array, Axes
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 LOGICAL_AXIS_RULES: Rules = {
-    "batch": ("data", "expert"),
-    "expert_batch": "data",
+    "batch": ("data", "fsdp", "expert"),
+    "expert_batch": ("data", "fsdp"),
     "length": None,
     "embed": None,
     "mlp": "model",
@@ -30,6 +31,13 @@ LOGICAL_AXIS_RULES: Rules = {
     "layers": None,
     "relpos_buckets": None,
 }
+"""For activations, and for parameters where they are used."""
+
+_PARAMETER_AXES: Rules = {"embed": "fsdp"}
+"""What is different where parameters and the optimizer's state lie."""
+
+PARAMETER_AXIS_RULES: Rules = {**LOGICAL_AXIS_RULES, **_PARAMETER_AXES}
+"""For parameters and the optimizer's state between their uses."""
 
 _active: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("active_partitioning", default=None)
 _shard: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("partitioning_of_a_shard", default=None)
@@ -126,6 +134,44 @@ def constrain(x: Array, axes: Axes) -> Array:
     mesh, rules = active
     sharding = named_sharding(mesh, axes, x.shape, rules, name="an activation")
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def gather_parameter(x: Array, axes: Axes) -> Array:
+    """A parameter as a layer uses it: whole along ``fsdp``. Its gradient is dealt out again as the parameter lies.
+
+    Outside :func:`partitioned`, and where it is whole already, it returns ``x`` as it is.
+    """
+    active = _active.get()
+    if active is None:
+        return x
+    mesh, rules = active
+    lies = named_sharding(mesh, axes, x.shape, {**rules, **_PARAMETER_AXES})
+    used = named_sharding(mesh, axes, x.shape, rules)
+    return x if lies.is_equivalent_to(used, x.ndim) else _resharded(x, used, lies)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _resharded(x: Array, used: NamedSharding, lies: NamedSharding) -> Array:
+    """``x`` sharded as it is ``used``. A constraint's own derivative would leave the gradient so too."""
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _resharded_forward(x: Array, used: NamedSharding, lies: NamedSharding) -> tuple[Array, None]:
+    return _resharded(x, used, lies), None
+
+
+def _resharded_backward(used: NamedSharding, lies: NamedSharding, residual: None, gradient: Array) -> tuple[Array]:
+    # Summed first, which compilers for accelerators join with the dealing out; else a look-up's gradient is resharded.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, used), lies),)
+
+
+_resharded.defvjp(_resharded_forward, _resharded_backward)
+
+
+def gathers_parameters() -> bool:
+    """Whether what is being traced will run on devices that parameters are split over between their uses."""
+    active = _active.get()
+    return active is not None and active[0].shape["fsdp"] > 1
 
 
 def per_shard(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
+from switch_t5.partitioning.mesh import BATCH_AXES
 from switch_t5.planning.sizes import Block, SparseLayer, blocks
 from switch_t5.planning.workload import MeshShape, Workload, shard_bytes, sharded_over
 
@@ -37,7 +38,7 @@ class Transfer:
     """What one purpose sends.
 
     Attributes:
-      axis: the mesh axis, or ``data+expert`` for both.
+      axis: the mesh axis, or several such as ``data+expert``.
       collective: its name in HLO.
       purpose: what for.
       sent: bytes from one device in a step.
@@ -85,6 +86,7 @@ def transfers(workload: Workload, mesh: MeshShape, *, merged: bool) -> list[Tran
 
 def _all(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     yield from _gradients(workload, mesh, merged)
+    yield from _gathers(workload, mesh, merged)
     yield from _position_biases(workload, mesh, merged)
     for block in blocks(workload, mesh):
         for layer in block.sparse_layers:
@@ -106,19 +108,38 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
     narrow = workload.itemsize / FLOAT32 if merged else 1.0
     tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
     for kind, number, name in workload.params.kinds:
-        is_expert = "expert" in sharded_over(kind)
-        size, axis = (mesh.data, "data") if is_expert else (mesh.batch_shards, _batch_axis(mesh))
+        split = sharded_over(kind)
         one = shard_bytes(kind, mesh, name) * (narrow if _KERNEL_AXES & set(kind.axes) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
         times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/") * narrow
-        purpose = "gradients of experts" if is_expert else "gradients of dense layers"
-        yield _summed(size, axis, purpose, one * times * workload.microbatches, one * number)
+        purpose = "gradients of experts" if "expert" in split else "gradients of dense layers"
+        sent, least = one * times * workload.microbatches, one * number
+        parts = mesh.fsdp if "fsdp" in split else 1
+        if parts > 1 and merged:
+            dealt = (ring_bytes("reduce-scatter", parts, parts * nbytes) for nbytes in (sent, least))
+            yield Transfer("fsdp", "reduce-scatter", purpose, *dealt)
+            yield _summed(*_joined(mesh, {"data", "expert"} - split), purpose, sent, least)
+        else:
+            size, axis = _joined(mesh, {*BATCH_AXES} - (split - {"fsdp"}))
+            yield _summed(size, axis, purpose, parts * sent, least)
 
 
-def _batch_axis(mesh: MeshShape) -> str:
-    if mesh.data == 1:
-        return "expert"
-    return "data" if mesh.expert == 1 else "data+expert"
+def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
+    """Parameters that lie in parts, made whole: of blocks in each pass, others once."""
+    # XLA's CPU backend gathers once for both passes, as its HLO shows.
+    passes = 2 if merged else 1
+    for kind, number, name in workload.params.kinds:
+        if "fsdp" in sharded_over(kind):
+            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name)
+            once = ring_bytes("all-gather", mesh.fsdp, whole)
+            times = (passes if kind.in_blocks else 1) * workload.microbatches
+            yield Transfer("fsdp", "all-gather", "parameters", once * times, once)
+
+
+def _joined(mesh: MeshShape, axes: set[str]) -> tuple[int, str]:
+    """Devices along some axes together, and the names of those axes that have more than one, in the mesh's order."""
+    used = {axis: size for axis, size in mesh.axes().items() if axis in axes and size > 1}
+    return math.prod(used.values()), "+".join(used)
 
 
 def _position_biases(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
@@ -128,7 +149,7 @@ def _position_biases(workload: Workload, mesh: MeshShape, merged: bool) -> Itera
         length = workload.length(decoder=decoder)
         times = 1 if merged and not (config.scan_layers or config.relpos_per_layer) else layers
         nbytes = times * workload.microbatches * config.num_heads / mesh.model * length * length * FLOAT32
-        yield _summed(mesh.batch_shards, _batch_axis(mesh), "gradients of position biases", nbytes, 0)
+        yield _summed(*_joined(mesh, set(BATCH_AXES)), "gradients of position biases", nbytes, 0)
 
 
 def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:

@@ -10,7 +10,6 @@ import jax
 
 from switch_t5.planning.hlo import Program, read_program
 from switch_t5.planning.plan import MeshPlan
-from switch_t5.planning.workload import MeshShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +76,10 @@ def _wire(plan: MeshPlan, hlo: Program) -> list[Comparison]:
     planned: dict[tuple[str, str], float] = defaultdict(float)
     for one in plan.transfers:
         planned[one.axis, one.collective] += one.sent
-    compiled = hlo.sent_by(_named(plan.mesh))
+    compiled = hlo.sent_by(plan.mesh.axes())
     keys = sorted({*planned, *compiled}, key=lambda key: -max(planned.get(key, 0), compiled.get(key, 0)))
     rows = [
         Comparison(f"{kind} over {axis}", "bytes", planned.get((axis, kind), 0), compiled.get((axis, kind), 0))
         for axis, kind in keys
     ]
     return [*rows, Comparison("on the wire", "bytes", sum(planned.values()), sum(compiled.values()))]
-
-
-def _named(mesh: MeshShape) -> dict[str, int]:
-    return mesh._asdict()

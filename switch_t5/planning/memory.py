@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from switch_t5.planning.sizes import Block, SparseLayer, blocks
-from switch_t5.planning.workload import Arrays, MeshShape, Workload, shard_bytes
+from switch_t5.planning.workload import Arrays, MeshShape, Workload, shard_bytes, sharded_over
 
 FLOAT32 = 4
 
@@ -22,6 +22,8 @@ class DeviceMemory:
       activations: what the forward pass keeps for the backward pass, with the largest block's gradients.
       logits: and their gradient, float32, the largest array of the forward pass.
       dispatch_buffers: rows on their way to experts and back, kept or in flight.
+      gathered: parameters made whole along ``fsdp``, and their gradients before these are dealt out: those outside
+        the blocks, and one block's.
     """
 
     parameters: int
@@ -30,6 +32,7 @@ class DeviceMemory:
     activations: int
     logits: int
     dispatch_buffers: int
+    gathered: int
 
     @property
     def total(self) -> int:
@@ -71,7 +74,21 @@ def device_memory(workload: Workload, mesh: MeshShape) -> DeviceMemory:
         activations=math.ceil(activations),
         logits=math.ceil(2 * rows * workload.config.vocab_size / mesh.model * FLOAT32),
         dispatch_buffers=math.ceil(buffers),
+        gathered=math.ceil(_gathered(workload, mesh)),
     )
+
+
+def _gathered(workload: Workload, mesh: MeshShape) -> float:
+    if mesh.fsdp == 1:
+        return 0.0
+    sparse = [bool(block.sparse_layers) for block in blocks(workload, mesh)]
+    total = 0.0
+    for kind, number, name in workload.params.kinds:
+        split = sharded_over(kind)
+        if "fsdp" in split:
+            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name)
+            total += 2 * whole / ((sum(sparse) if "expert" in split else len(sparse)) if kind.in_blocks else 1)
+    return total
 
 
 def host_memory(workload: Workload, mesh: MeshShape, devices_per_host: int) -> HostMemory:

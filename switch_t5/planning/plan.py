@@ -128,7 +128,8 @@ def mesh_shapes(workload: Workload, num_devices: int) -> Iterator[MeshShape]:
         if model <= config.num_heads:
             for expert in _divisors(num_devices // model):
                 if expert <= most:
-                    yield MeshShape(num_devices // model // expert, expert, model)
+                    rest = num_devices // model // expert
+                    yield from (MeshShape(rest // fsdp, expert, model, fsdp) for fsdp in _divisors(rest))
 
 
 def plan_mesh(workload: Workload, topology: Topology, mesh: MeshShape) -> MeshPlan:
@@ -216,12 +217,10 @@ def _memory_traffic(workload: Workload, memory: DeviceMemory) -> float:
 
 def _extent(axis: str, mesh: MeshShape) -> tuple[int, int]:
     """Devices along an axis, and between two neighbours on it, as meshes number them."""
-    return {
-        "model": (mesh.model, 1),
-        "expert": (mesh.expert, mesh.model),
-        "data": (mesh.data, mesh.model * mesh.expert),
-        "data+expert": (mesh.batch_shards, mesh.model),
-    }[axis]
+    sizes, names = mesh.axes(), axis.split("+")
+    order = list(sizes)
+    within = order[order.index(names[-1]) + 1 :]
+    return math.prod(sizes[name] for name in names), math.prod(sizes[name] for name in within)
 
 
 def _divisors(number: int) -> list[int]:

@@ -13,16 +13,17 @@ from jax.sharding import AbstractMesh
 
 from switch_t5.model.config import TransformerConfig
 from switch_t5.partitioning.mesh import MESH_AXES
-from switch_t5.partitioning.rules import named_sharding, partition_spec
+from switch_t5.partitioning.rules import PARAMETER_AXIS_RULES, named_sharding, partition_spec
 from switch_t5.types import Axes
 
 
 class MeshShape(NamedTuple):
-    """Devices along each mesh axis."""
+    """Devices along each mesh axis; written as they stand here, ``fsdp`` only where there is any."""
 
     data: int
     expert: int
     model: int
+    fsdp: int = 1
 
     @property
     def size(self) -> int:
@@ -32,22 +33,27 @@ class MeshShape(NamedTuple):
     @property
     def batch_shards(self) -> int:
         """Parts that a batch is split into."""
-        return self.data * self.expert
+        return self.data * self.fsdp * self.expert
+
+    def axes(self) -> dict[str, int]:
+        """Devices along each axis, in the order in which a mesh numbers them."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     def abstract(self) -> AbstractMesh:
         """A mesh without devices, for the rules of :mod:`switch_t5.partitioning`."""
-        return AbstractMesh(tuple(self), MESH_AXES)
+        return AbstractMesh(tuple(self.axes().values()), MESH_AXES)
 
     def __str__(self) -> str:
-        return "x".join(map(str, self))
+        return "x".join(map(str, self if self.fsdp > 1 else self[:3]))
 
 
 class ArrayKind(NamedTuple):
-    """Arrays of one shape, dtype and axes; ``name`` is one of them."""
+    """Arrays of one shape, dtype and axes, in the blocks of a stack or outside."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: Axes
+    in_blocks: bool
 
     @property
     def nbytes(self) -> int:
@@ -68,9 +74,10 @@ class Arrays:
         names: dict[ArrayKind, str] = {}
 
         def count(path: jax.tree_util.KeyPath, leaf: Any, leaf_axes: Axes) -> None:
-            kind = ArrayKind(tuple(leaf.shape), np.dtype(leaf.dtype), tuple(leaf_axes))
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            kind = ArrayKind(tuple(leaf.shape), np.dtype(leaf.dtype), tuple(leaf_axes), "blocks" in name.split("/"))
             counts[kind] += 1
-            names.setdefault(kind, jax.tree_util.keystr(path, simple=True, separator="/"))
+            names.setdefault(kind, name)
 
         jax.tree_util.tree_map_with_path(count, tree, axes)
         return cls(tuple((kind, number, names[kind]) for kind, number in counts.items()))
@@ -95,14 +102,15 @@ def shard_bytes(kind: ArrayKind, mesh: MeshShape, name: str = "array") -> int:
     Raises:
       ConfigError: it cannot be sharded so.
     """
-    sharding = named_sharding(mesh.abstract(), kind.axes, kind.shape, name=name)  # pyright: ignore[reportArgumentType]
+    devices: Any = mesh.abstract()
+    sharding = named_sharding(devices, kind.axes, kind.shape, PARAMETER_AXIS_RULES, name=name)
     return math.prod(sharding.shard_shape(kind.shape)) * kind.dtype.itemsize
 
 
 def sharded_over(kind: ArrayKind) -> set[str]:
-    """The mesh axes that an array is split over."""
+    """The mesh axes that a parameter is split over."""
     found: set[str] = set()
-    for target in partition_spec(kind.axes):
+    for target in partition_spec(kind.axes, PARAMETER_AXIS_RULES):
         found |= {target} if isinstance(target, str) else set(target or ())
     return found
 

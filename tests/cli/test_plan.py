@@ -44,7 +44,9 @@ def test_a_model_alone_is_planned_with_the_papers_batch(tmp_path: Path, capsys: 
     assert math.prod(best["mesh"].values()) == plan["devices"] == 512
     # A device has its share of the experts, of which a token passes one, and a model partition of all else.
     shares = plan["parameters"] / best["mesh"]["expert"] + plan["active_parameters"]
-    assert best["memory"]["parameters"] == pytest.approx(4 * shares / best["mesh"]["model"], rel=0.3)
+    assert best["memory"]["parameters"] == pytest.approx(
+        4 * shares / (best["mesh"]["model"] * best["mesh"]["fsdp"]), rel=0.3
+    )
     printed = capsys.readouterr()
     assert not printed.out
     assert "394,675,073,024 in all" in printed.err
@@ -101,7 +103,7 @@ def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path: Path, capsys:
 
 def test_one_mesh_may_be_asked_for(tmp_path: Path):
     plan = planned(tmp_path, *tiny(), "--devices=cpu:8", "--mesh=2x2x2")
-    assert [mesh["mesh"] for mesh in plan["meshes"]] == [{"data": 2, "expert": 2, "model": 2}]
+    assert [mesh["mesh"] for mesh in plan["meshes"]] == [{"data": 2, "expert": 2, "model": 2, "fsdp": 1}]
     assert planned(tmp_path, *tiny(), "--devices=cpu:8")["devices"] == 8
 
 

@@ -14,19 +14,21 @@ pytestmark = pytest.mark.multidevice
 @pytest.mark.parametrize(
     ("config", "shape", "shards"),
     [
-        (MeshConfig(), (8, 1, 1), 8),
-        (MeshConfig(num_expert_partitions=8), (1, 8, 1), 8),
-        (MeshConfig(num_model_partitions=8), (1, 1, 8), 1),
-        (MeshConfig(num_expert_partitions=2, num_model_partitions=2), (2, 2, 2), 4),
-        (MeshConfig(num_expert_partitions=2, num_devices=2), (1, 2, 1), 2),
-        (MeshConfig(num_devices=1), (1, 1, 1), 1),
+        (MeshConfig(), (8, 1, 1, 1), 8),
+        (MeshConfig(num_expert_partitions=8), (1, 1, 8, 1), 8),
+        (MeshConfig(num_model_partitions=8), (1, 1, 1, 8), 1),
+        (MeshConfig(num_expert_partitions=2, num_model_partitions=2), (2, 1, 2, 2), 4),
+        (MeshConfig(num_expert_partitions=2, num_devices=2), (1, 1, 2, 1), 2),
+        (MeshConfig(num_fsdp_partitions=4, num_model_partitions=2), (1, 4, 1, 2), 4),
+        (MeshConfig(num_fsdp_partitions=2, num_expert_partitions=2), (2, 2, 2, 1), 8),
+        (MeshConfig(num_devices=1), (1, 1, 1, 1), 1),
     ],
 )
-def test_what_experts_and_model_leave_is_data_parallel(
-    config: MeshConfig, shape: tuple[int, int, int], shards: int
+def test_what_the_other_axes_leave_is_data_parallel(
+    config: MeshConfig, shape: tuple[int, int, int, int], shards: int
 ) -> None:
     mesh = make_mesh(config)
-    assert dict(mesh.shape) == dict(zip(("data", "expert", "model"), shape, strict=True))
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert", "model"), shape, strict=True))
     assert batch_shards(mesh) == shards
     assert len(set(mesh.devices.flat)) == mesh.size
 
@@ -44,12 +46,17 @@ def test_a_mesh_takes_the_first_devices() -> None:
         (
             MeshConfig(num_expert_partitions=8, num_model_partitions=2),
             "MeshConfig.num_expert_partitions",
-            "8 x 2 = 16 partitions, more than the 8 device(s) here",
+            "8 x 2 x 1 = 16 partitions, more than the 8 device(s) here",
         ),
         (
             MeshConfig(num_expert_partitions=3, num_model_partitions=2),
             "MeshConfig.num_expert_partitions",
-            "3 x 2 = 6 partitions, which do not divide 8 devices; the nearest product that does is 4.",
+            "3 x 2 x 1 = 6 partitions, which do not divide 8 devices; the nearest product that does is 4.",
+        ),
+        (
+            MeshConfig(num_fsdp_partitions=3),
+            "MeshConfig.num_expert_partitions",
+            "x num_model_partitions x num_fsdp_partitions is 1 x 1 x 3 = 3 partitions, which do not divide 8 devices",
         ),
     ],
 )
@@ -60,7 +67,7 @@ def test_a_mesh_that_the_devices_cannot_make_is_refused_by_name(config: MeshConf
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["num_expert_partitions", "num_model_partitions"])
+@pytest.mark.parametrize("field", ["num_expert_partitions", "num_model_partitions", "num_fsdp_partitions"])
 def test_partitions_are_at_least_one(field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         MeshConfig(**{field: 0})

@@ -48,6 +48,8 @@ MESHES = {
     "model 8": MeshConfig(num_model_partitions=8),
     "data 2, expert 2, model 2": MeshConfig(num_expert_partitions=2, num_model_partitions=2),
     "data 4, expert 2": MeshConfig(num_expert_partitions=2),
+    "fsdp 8": MeshConfig(num_fsdp_partitions=8),
+    "fsdp 2, expert 2, model 2": MeshConfig(num_fsdp_partitions=2, num_expert_partitions=2, num_model_partitions=2),
 }
 
 

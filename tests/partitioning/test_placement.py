@@ -56,12 +56,12 @@ def test_a_models_parameters_have_their_shardings(mesh: Mesh) -> None:
     model = small_model()
     shardings = tree_shardings(mesh, model.abstract_params, model.axes)
     sparse = shardings["encoder"]["stack"]["blocks"]["layers_1"]
-    assert shardings["embedding"]["table"].spec == PartitionSpec("model", None)
-    assert sparse["mlp"]["experts"]["wi"].spec == PartitionSpec("expert", None, "model")
-    assert sparse["mlp"]["experts"]["wo"].spec == PartitionSpec("expert", "model", None)
-    assert sparse["mlp"]["router"].spec == PartitionSpec(None, None)
-    assert sparse["self_attention"]["out"].spec == PartitionSpec("model", None, None)
-    assert sparse["mlp_norm"]["scale"].spec == PartitionSpec(None)
+    assert shardings["embedding"]["table"].spec == PartitionSpec("model", "fsdp")
+    assert sparse["mlp"]["experts"]["wi"].spec == PartitionSpec("expert", "fsdp", "model")
+    assert sparse["mlp"]["experts"]["wo"].spec == PartitionSpec("expert", "model", "fsdp")
+    assert sparse["mlp"]["router"].spec == PartitionSpec("fsdp", None)
+    assert sparse["self_attention"]["out"].spec == PartitionSpec("model", None, "fsdp")
+    assert sparse["mlp_norm"]["scale"].spec == PartitionSpec("fsdp")
     assert jax.tree.structure(shardings) == jax.tree.structure(model.abstract_params)
 
 

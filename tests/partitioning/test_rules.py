@@ -9,7 +9,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from switch_t5.errors import ConfigError
 from switch_t5.partitioning.mesh import MESH_AXES, MeshConfig, make_mesh
-from switch_t5.partitioning.rules import LOGICAL_AXIS_RULES, constrain, named_sharding, partition_spec, partitioned
+from switch_t5.partitioning.rules import (
+    LOGICAL_AXIS_RULES,
+    PARAMETER_AXIS_RULES,
+    constrain,
+    gather_parameter,
+    named_sharding,
+    partition_spec,
+    partitioned,
+)
 
 pytestmark = pytest.mark.multidevice
 
@@ -26,8 +34,8 @@ def mesh() -> Mesh:
         (("vocab", "embed"), PartitionSpec("model", None)),
         (("expert", "embed", "expert_mlp"), PartitionSpec("expert", None, "model")),
         (("layers", "embed", "heads", "kv"), PartitionSpec(None, None, "model", None)),
-        (("batch", "length", "mlp"), PartitionSpec(("data", "expert"), None, "model")),
-        (("expert", "expert_batch", None, "embed"), PartitionSpec("expert", "data", None, None)),
+        (("batch", "length", "mlp"), PartitionSpec(("data", "fsdp", "expert"), None, "model")),
+        (("expert", "expert_batch", None, "embed"), PartitionSpec("expert", ("data", "fsdp"), None, None)),
         ((), PartitionSpec()),
     ],
 )
@@ -64,7 +72,7 @@ def test_a_size_that_the_partitions_do_not_divide_is_an_error_that_names_the_par
         "encoder/query has 'heads' of size 3, which 2 partitions along 'model' do not divide; "
         "the nearest size that fits is 4."
     )
-    with pytest.raises(ConfigError, match=r"'batch' of size 6, which 4 partitions along 'dataxexpert'"):
+    with pytest.raises(ConfigError, match=r"'batch' of size 6, which 4 partitions along 'dataxfsdpxexpert'"):
         named_sharding(mesh, ("batch", "length"), (6, 8))
 
 
@@ -77,6 +85,26 @@ def test_as_many_axes_as_dimensions_are_needed(mesh: Mesh) -> None:
 def test_a_sharding_splits_each_dimension_over_its_devices(mesh: Mesh) -> None:
     shape = (8, 6, 4)
     assert named_sharding(mesh, ("batch", "length", "mlp"), shape).shard_shape(shape) == (2, 6, 2)
+
+
+def test_parameters_lie_in_parts_along_fsdp_and_are_used_whole() -> None:
+    mesh = make_mesh(MeshConfig(num_fsdp_partitions=4, num_model_partitions=2))
+    kernel, axes = jnp.arange(64.0).reshape(8, 8), ("embed", "mlp")
+    lies = named_sharding(mesh, axes, kernel.shape, PARAMETER_AXIS_RULES)
+    assert lies.shard_shape(kernel.shape) == (2, 4)
+
+    def used(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gathered, pullback = jax.vjp(lambda kernel: gather_parameter(kernel, axes), kernel)
+        return gathered, pullback(gathered)[0]
+
+    with partitioned(mesh):
+        gathered, gradient = jax.jit(used)(jax.device_put(kernel, lies))
+    assert gathered.sharding.shard_shape(kernel.shape) == (8, 4)
+    assert gradient.sharding.is_equivalent_to(lies, 2)
+    assert (gathered == kernel).all() and (gradient == kernel).all()
+    with partitioned(make_mesh(MeshConfig())):
+        assert gather_parameter(kernel, axes) is kernel
+    assert gather_parameter(kernel, axes) is kernel
 
 
 def test_constrain_is_the_identity_without_a_mesh() -> None:

@@ -64,6 +64,30 @@ def test_where_experts_are_whole_everywhere_they_are_summed_as_others():
     assert "tokens to experts and back" not in found
 
 
+def test_what_lies_in_parts_is_gathered_in_each_pass_and_its_gradient_dealt_out():
+    mesh, plain = MeshShape(1, 1, 1, 8), MeshShape(8, 1, 1)
+    found, whole = by_purpose(mesh, merged=True), by_purpose(plain, merged=True)
+    biases = 2 * 2 * 32 * 4  # position biases [heads, buckets], whole everywhere
+    params = workload_of(small_config()).params.nbytes - biases
+    embedding = 384 * 16 * 4
+    ends = embedding + 2 * 16 * 4  # and two final norms
+    assert found["parameters"].collective == "all-gather"
+    assert found["parameters"].minimum == ring_bytes("all-gather", 8, params)
+    assert found["parameters"].sent == ring_bytes("all-gather", 8, 2 * params - ends)
+    assert found["gradients of experts"].collective == "reduce-scatter"
+    assert found["gradients of experts"].sent == whole["gradients of experts"].sent / 2
+    # A compiler that joins nothing sums whole gradients.
+    assert by_purpose(mesh)["gradients of experts"].sent == by_purpose(plain)["gradients of experts"].sent
+
+
+def test_parts_are_summed_over_the_other_axes():
+    found = transfers(workload_of(small_config()), MeshShape(2, 2, 1, 2), merged=True)
+    axes = {(one.axis, one.collective) for one in found if one.purpose == "gradients of dense layers"}
+    assert axes == {("fsdp", "reduce-scatter"), ("data+expert", "all-reduce"), ("data+fsdp+expert", "all-reduce")}
+    axes = {(one.axis, one.collective) for one in found if one.purpose == "gradients of experts"}
+    assert axes == {("fsdp", "reduce-scatter"), ("data", "all-reduce")}
+
+
 def test_position_biases_are_summed_in_each_layer():
     sent = by_purpose(MeshShape(8, 1, 1))["gradients of position biases"]
     assert (sent.minimum, sent.sent) == (0, ring_bytes("all-reduce", 8, 2 * (INPUTS**2 + TARGETS**2) * 2 * 4))

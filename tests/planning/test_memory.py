@@ -40,6 +40,19 @@ def test_experts_are_split_over_their_axis_and_kernels_over_the_models():
     assert split == (whole - not_split) / 2 + not_split
 
 
+def test_fsdp_leaves_a_part_of_parameters_state_and_gradients_and_gathers_a_block_at_a_time():
+    workload = workload_of(small_config())
+    whole, parts = (device_memory(workload, mesh) for mesh in (MeshShape(8, 1, 1), MeshShape(1, 1, 1, 8)))
+    biases = 2 * 2 * 32 * 4  # position biases have no dim of the residual stream
+    assert parts.parameters == (whole.parameters - biases) / 8 + biases
+    assert parts.gradients == parts.parameters and parts.optimizer == parts.parameters + 4
+    assert (parts.activations, parts.logits, whole.gathered) == (whole.activations, whole.logits, 0)
+    ends = 384 * 16 * 4 + 2 * 16 * 4  # embedding and final norms
+    experts = 4 * 2 * 16 * 32 * 4
+    routers, dense = 2 * 16 * 4 * 4, whole.parameters - biases - ends - 2 * experts - 2 * 16 * 4 * 4
+    assert parts.gathered == 2 * (ends + experts + (dense + routers) / 4)
+
+
 def test_adafactors_factors_are_split_as_what_is_left_of_a_parameters_axes():
     workload = workload_of(large_enough_to_factor())
     one = device_memory(workload, MeshShape(8, 1, 1)).optimizer

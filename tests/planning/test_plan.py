@@ -25,13 +25,16 @@ def with_memory(nbytes: int) -> Topology:
 
 def test_meshes_are_all_ways_to_divide_the_devices_that_experts_and_heads_allow():
     found = set(mesh_shapes(workload_of(small_config()), 8))  # 4 experts, 2 heads
-    assert found == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)}
-    assert set(mesh_shapes(workload_of(small_config(moe=None)), 8)) == {(8, 1, 1), (4, 1, 2)}
+    whole = {mesh[:3] for mesh in found if mesh.fsdp == 1}
+    assert whole == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)}
+    assert {mesh[:3] for mesh in mesh_shapes(workload_of(small_config(moe=None)), 8)} >= {(8, 1, 1), (4, 1, 2)}
+    # What experts and model leave is data or fsdp: 8, 4, 2, 4, 2 and 1 in as many ways as they have divisors.
+    assert len(found) == 4 + 3 + 2 + 3 + 2 + 1 and all(mesh.size == 8 for mesh in found)
 
 
 def test_meshes_that_fit_come_best_first():
     plan = make_plan(workload_of(small_config()), V5E, no_check)
-    assert len(plan.fitting) == 6 and not plan.too_large and not plan.refused and plan.change is None
+    assert len(plan.fitting) == 15 and not plan.too_large and not plan.refused and plan.change is None
     assert [one.rank for one in plan.fitting] == sorted(one.rank for one in plan.fitting)
 
 
@@ -60,6 +63,7 @@ def test_a_mesh_that_cannot_be_says_why():
     plan = make_plan(workload_of(small_config()), V5E, check)
     assert plan.refused == (
         (MeshShape(2, 4, 1), "MeshConfig.num_expert_partitions is four."),
+        (MeshShape(1, 4, 1, 2), "MeshConfig.num_expert_partitions is four."),
         (MeshShape(1, 4, 2), "MeshConfig.num_expert_partitions is four."),
     )
     assert {one.mesh.expert for one in plan.fitting} == {1, 2}
@@ -77,7 +81,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
 
 def test_more_devices_are_the_last_resort():
     workload = workload_of(small_config())
-    state = min(plan_mesh(workload, V5E, mesh).memory.parameters for mesh in mesh_shapes(workload, 8))
+    meshes = [mesh for mesh in mesh_shapes(workload, 8) if mesh.fsdp == 1]
+    state = min(plan_mesh(workload, V5E, mesh).memory.parameters for mesh in meshes)
 
     def check(workload: Workload, mesh: MeshShape) -> None:
         if workload.microbatches > 1:

@@ -1,0 +1,80 @@
+"""What a compiled step sends on each mesh: the kinds, counts and bytes of its collectives against theory."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+
+from switch_t5.cli.build import Run, RunSpec
+from switch_t5.cli.configuration import Configuration
+from switch_t5.cli.plan import spec_on, workload_of
+from switch_t5.planning.communication import transfers
+from switch_t5.planning.hlo import read_program
+from switch_t5.planning.workload import MeshShape
+from tests.integration.conftest import TINY
+
+pytestmark = pytest.mark.multidevice
+
+SIZES = ("MODEL_DIR=unused", "TEXTS=unused", "text_task.name='texts_of_collectives'", "BATCH_SIZE=16")
+SIZES += ("TransformerConfig.dropout_rate=0", "TransformerConfig.num_heads=8", "TransformerConfig.head_dim=2")
+SIZES += ("MoEConfig.num_experts=8", "MoEConfig.group_size=64")
+
+
+MESHES = [
+    pytest.param(MeshShape(8, 1, 1), {"data": {"all-reduce"}}, id="data 8"),
+    pytest.param(MeshShape(1, 8, 1), {"expert": {"all-reduce", "all-to-all"}}, id="expert 8", marks=pytest.mark.slow),
+    pytest.param(MeshShape(1, 1, 8), {"model": {"all-reduce"}}, id="model 8", marks=pytest.mark.slow),
+    pytest.param(
+        MeshShape(2, 2, 2),
+        {"data": {"all-reduce"}, "data+expert": {"all-reduce"}, "expert": {"all-to-all"}, "model": {"all-reduce"}},
+        id="data 2, expert 2, model 2",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(MeshShape(1, 1, 1, 8), {"fsdp": {"all-gather", "all-reduce"}}, id="fsdp 8", marks=pytest.mark.slow),
+    pytest.param(
+        MeshShape(1, 2, 2, 2),
+        {
+            "fsdp": {"all-gather", "all-reduce"},
+            "fsdp+expert": {"all-reduce"},
+            "expert": {"all-to-all"},
+            "model": {"all-reduce"},
+        },
+        id="fsdp 2, expert 2, model 2",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+def check(mesh: MeshShape, kinds: dict[str, set[str]]) -> None:
+    """Compiles a step, and compares what it sends with the plan."""
+    spec = RunSpec.read(Configuration.load([str(TINY)], SIZES))
+    workload, _ = workload_of(spec)
+    text = Run(spec_on(spec, workload, mesh)).compile_train_step().as_text()
+    assert text is not None
+    program = read_program(text, mesh.size)
+    assert not program.loops_of_unknown_length
+
+    found: dict[str, set[str]] = defaultdict(set)
+    counts: Counter[str] = Counter()
+    for one in program.collectives:
+        found["+".join(one.axes(mesh.axes()))].add(one.kind)
+        counts[one.kind] += one.times
+    assert found == kinds
+    sparse = sum(sum(workload.config.patterns(decoder=decoder)[0]) for decoder in (False, True))
+    # To the experts and back, forward and backward.
+    assert counts["all-to-all"] == (4 * sparse if mesh.expert > 1 else 0)
+
+    planned: dict[tuple[str, str], float] = defaultdict(float)
+    for one in transfers(workload, mesh, merged=False):
+        planned[one.axis, one.collective] += one.sent
+    sent = program.sent_by(mesh.axes())
+    for (axis, kind), nbytes in planned.items():
+        # Beside the plan's are statistics, and the means of Adafactor over dims that are split.
+        exact = kind != "all-reduce"
+        assert sent[axis, kind] == pytest.approx(nbytes, rel=1e-9 if exact else 0.01), (axis, kind)
+
+
+@pytest.mark.parametrize(("mesh", "kinds"), MESHES)
+def test_a_step_sends_what_theory_says_and_nothing_else(mesh: MeshShape, kinds: dict[str, set[str]]) -> None:
+    check(mesh, kinds)
