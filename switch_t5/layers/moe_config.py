@@ -68,19 +68,11 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in ("num_experts", "group_size", "min_expert_capacity", "expert_capacity"):
-            value = getattr(self, field)
-            if isinstance(value, int) and value < 1:
-                raise ConfigError(f"MoEConfig.{field}", f"must be at least 1, got {value}.")
-        for field in ("num_experts", "num_shared_experts"):
-            if getattr(self, field) > _MOST_EXPERTS:
-                raise ConfigError(f"MoEConfig.{field}", f"must be at most {_MOST_EXPERTS}, got {getattr(self, field)}.")
+        self._check_counts()
         self._check_capacity_factors()
         for field in ("jitter_noise", "router_input_dropout_rate", "expert_dropout_rate"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"MoEConfig.{field}", f"must be in [0, 1), got {getattr(self, field)}.")
-        if self.num_shared_experts < 0:
-            raise ConfigError("MoEConfig.num_shared_experts", f"must not be negative, got {self.num_shared_experts}.")
         if self.padding == "counted" and self.router.router in ("expert_choice", "sinkhorn"):
             raise ConfigError(
                 "MoEConfig.padding",
@@ -92,6 +84,18 @@ class MoEConfig:
         self.router.check_experts(self.num_experts)
         if not self.router.has_kernel:
             self._refuse_what_is_of_logits()
+
+    def _check_counts(self) -> None:
+        for field in ("num_experts", "group_size", "min_expert_capacity", "expert_capacity"):
+            value = getattr(self, field)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"MoEConfig.{field}", f"must be at least 1, got {value}.")
+        if self.num_shared_experts < 0:
+            raise ConfigError("MoEConfig.num_shared_experts", f"must not be negative, got {self.num_shared_experts}.")
+        for field in ("num_experts", "num_shared_experts"):
+            value = getattr(self, field)
+            if value > _MOST_EXPERTS:
+                raise ConfigError(f"MoEConfig.{field}", f"must be at most {_MOST_EXPERTS}, got {value}.")
 
     def _refuse_what_is_of_logits(self) -> None:
         # Not jitter_noise, which is on by default and set by the conventions.

@@ -104,16 +104,7 @@ class TransformerConfig:
                 "TransformerConfig.mlp_activations",
                 f"must be one or two of 'relu', 'gelu', 'silu', 'linear', got {self.mlp_activations}.",
             )
-        if self.relpos_num_buckets < 4 or self.relpos_num_buckets % 2:
-            raise ConfigError(
-                "TransformerConfig.relpos_num_buckets", f"must be even and at least 4, got {self.relpos_num_buckets}."
-            )
-        if self.relpos_max_distance <= self.relpos_num_buckets // 2:
-            raise ConfigError(
-                "TransformerConfig.relpos_max_distance",
-                f"must be above half of relpos_num_buckets, {self.relpos_num_buckets // 2}, got "
-                f"{self.relpos_max_distance}.",
-            )
+        self._check_positions()
         if self.decoder_moe is not None and self.moe is None:
             raise ConfigError(
                 "TransformerConfig.decoder_moe",
@@ -128,6 +119,18 @@ class TransformerConfig:
     def activation_dtype(self) -> jnp.dtype:
         """The dtype of activations."""
         return jnp.dtype(self.dtype)
+
+    def _check_positions(self) -> None:
+        if self.relpos_num_buckets < 4 or self.relpos_num_buckets % 2:
+            raise ConfigError(
+                "TransformerConfig.relpos_num_buckets", f"must be even and at least 4, got {self.relpos_num_buckets}."
+            )
+        if self.relpos_max_distance <= self.relpos_num_buckets // 2:
+            raise ConfigError(
+                "TransformerConfig.relpos_max_distance",
+                f"must be above half of relpos_num_buckets, {self.relpos_num_buckets // 2}, got "
+                f"{self.relpos_max_distance}.",
+            )
 
     def _check_attention(self) -> None:
         projections = self.attention_sparse_projections
