@@ -143,7 +143,7 @@ def test_a_pretraining_state_is_laid_out_on_a_mesh_of_eight(name: str, mesh: tup
     bindings = (f"NUM_EXPERT_PARTITIONS={mesh[0]}", f"NUM_MODEL_PARTITIONS={mesh[1]}")
     configuration = load(f"models/{name}.gin", "runs/pretrain.gin", bindings=(*PRETRAIN, *bindings))
     run = Run(RunSpec.read(configuration))
-    assert dict(run.mesh.shape) == {"data": 8 // mesh[0] // mesh[1], "expert": mesh[0], "model": mesh[1]}
+    assert dict(run.mesh.shape) == {"data": 8 // mesh[0] // mesh[1], "fsdp": 1, "expert": mesh[0], "model": mesh[1]}
     leaves = jax.tree.leaves(run.abstract_state.params)
     largest = max(leaves, key=lambda leaf: leaf.size)
     assert largest.sharding.shard_shape(largest.shape) != largest.shape

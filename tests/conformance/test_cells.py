@@ -151,9 +151,9 @@ def holders_one_too_far(order: jax.Array, first: jax.Array, *others: Any) -> jax
     return holders(order, first + 1, *others)
 
 
-def last_of_even_rows_left_out(rows: int, sizes: jax.Array, share: int) -> Any:
+def first_of_even_rows_left_out(rows: int, sizes: jax.Array, share: int) -> Any:
     even = even_rows(rows, sizes, share)
-    return dataclasses.replace(even, mine=even.mine.at[:, -1].set(False))
+    return dataclasses.replace(even, mine=even.mine.at[:, 0].set(False))
 
 
 def one_even_row_twice(rows: int, sizes: jax.Array, share: int) -> Any:
@@ -262,7 +262,7 @@ WRONG = [
     Wrong("rows of the token before", MESHED, dispatch, "_rows", the_token_before, OUTPUT),
     Wrong("slots held by the next token", MESHED, assignment, "_holders", holders_one_too_far, OUTPUT),
     Wrong("an expert's last row left out", DROPLESS, expert_loop, "cut", blocks_one_row_short, OUTPUT),
-    Wrong("the last even rows left out", EVEN, expert_loop, "even_rows", last_of_even_rows_left_out, OUTPUT),
+    Wrong("the first even rows left out", EVEN, expert_loop, "even_rows", first_of_even_rows_left_out, OUTPUT),
     Wrong("slots given again in another round", NO_TOKEN, choice, "_look_up", earlier_rounds_forgotten, SENT),
     Wrong("one choice fewer of an expert", EXPERT_CHOICE, choice, "expert_choice", one_fewer, {"expert_load", *SENT}),
     Wrong("a threshold of itself", NOISY, choice, "load_probabilities", threshold_of_itself, {"load_loss", *LOGITS}),
