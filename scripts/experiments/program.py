@@ -69,6 +69,13 @@ def seeds_of(parser: argparse.ArgumentParser, text: str) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
+def switch_t5(*words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program of this checkout in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "switch_t5", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 def train(model_dir: Path, steps: int, files: Sequence[str], settings: Iterable[str], eval_period: int = 0) -> None:
     """Trains one model by ``switch-t5 train`` on one device; ends the script where that fails."""
     run = (
@@ -82,9 +89,7 @@ def train(model_dir: Path, steps: int, files: Sequence[str], settings: Iterable[
     )
     # The user's own flags, which are among the settings, come last and count.
     gin = [f"--gin.{setting}" for setting in (*run, *settings)]
-    command = [sys.executable, "-m", "switch_t5", "train", *(f"--gin_file={file}" for file in files), *gin]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = switch_t5("train", *(f"--gin_file={file}" for file in files), *gin)
     if done.returncode:
         sys.exit(f"{done.stderr}\nThe run in {model_dir} ended with exit code {done.returncode}.")
 

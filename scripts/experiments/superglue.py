@@ -20,14 +20,13 @@ import collections
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from program import ROOT, as_text, emit, entries_of, flags, mean_and_deviation, parse, seeds_of, train
+from program import as_text, emit, entries_of, flags, mean_and_deviation, parse, seeds_of, switch_t5, train
 
 Row = dict[str, Any]
 
@@ -152,8 +151,7 @@ def _finetuned(
 
 
 def _run(*words: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-m", "switch_t5", *words], env=environment, capture_output=True, text=True)
+    done = switch_t5(*words)
     if done.returncode:
         sys.exit(f"{done.stderr}\nswitch-t5 {' '.join(words[:2])} ended with exit code {done.returncode}.")
 

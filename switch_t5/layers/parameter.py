@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from switch_t5.layers.initializers import Initializer
-from switch_t5.partitioning.rules import gather_parameter
+from switch_t5.partitioning.rules import gather_parameter, gathers_parameters
 from switch_t5.types import Axes
 
 M = TypeVar("M", bound=nnx.Module)
@@ -37,6 +37,8 @@ def parameter_axes(params: nnx.State) -> Any:
 
 def gather_parameters(module: M) -> M:
     """A module with its parameters as layers use them: see :func:`switch_t5.partitioning.rules.gather_parameter`."""
+    if not gathers_parameters():
+        return module
     graph, params = nnx.split(module)
 
     def gathered(leaf: nnx.Param, axes: Axes) -> nnx.Variable:
