@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -51,7 +52,7 @@ def check_types(config: Any) -> None:
         if not _is_a(value, hints[field.name]):
             raise ConfigError(
                 f"{type(config).__name__}.{field.name}",
-                f"must be {_describe(hints[field.name])}, got {value!r}.",
+                f"must be {_describe(hints[field.name])}, got {value!r}.{_nearest_choice(value, hints[field.name])}",
             )
 
 
@@ -75,6 +76,14 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
     return isinstance(value, hint) if isinstance(hint, type) else callable(value)
+
+
+def _nearest_choice(value: Any, hint: Any) -> str:
+    """``closest`` among the strings that a hint lists."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is not typing.Literal:
+        options = itertools.chain.from_iterable(map(typing.get_args, options))
+    return closest(value, [name for name in options if isinstance(name, str)]) if isinstance(value, str) else ""
 
 
 def _describe(hint: Any) -> str:

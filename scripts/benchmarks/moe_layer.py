@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--peer_row", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for peer in filter(None, args.peers.split(",")):
+        if peer not in PEERS:
+            parser.error(f"--peers must be some of {', '.join(PEERS)}, got {peer!r}.")
     if args.row is not None:
         print(json.dumps(measure(*json.loads(args.row), group_size=args.group_size, repeats=args.repeats)))
         return 0

@@ -111,6 +111,12 @@ class TransformerConfig:
                 "has no effect without TransformerConfig.moe, of which it is the decoder's variant; for sparse layers "
                 "in the decoder alone set moe, and encoder_sparse_layers = 'none'.",
             )
+        if self.decoder_moe is not None and not any(self.decoder_pattern):
+            raise ConfigError(
+                "TransformerConfig.decoder_moe",
+                "has no effect: no block of the decoder has a sparse feed-forward; set "
+                "TransformerConfig.decoder_sparse_layers, or decoder_moe = None.",
+            )
         self._check_attention()
         for decoder in (False, True):
             self._check_sparse_layers(decoder=decoder)
@@ -147,6 +153,13 @@ class TransformerConfig:
             )
         patterns = (self.encoder_attention_pattern, self.decoder_attention_pattern)
         if self.attention_moe is None:
+            for field in ("attention_sparse_projections", "attention_expert_dtype"):
+                if getattr(self, field) != getattr(type(self), field):
+                    raise ConfigError(
+                        f"TransformerConfig.{field}",
+                        f"has no effect without TransformerConfig.attention_moe; leave it at "
+                        f"{getattr(type(self), field)!r}, or give attention_moe = @attention/MoEConfig().",
+                    )
             return
         if not any(map(any, patterns)):
             raise ConfigError(

@@ -123,4 +123,4 @@ def test_a_misspelt_padding_is_one_sentence(load: Load) -> None:
     with pytest.raises(UserError) as caught:
         load(*files("t5x"), bindings=(*PRETRAIN, "MoEConfig.padding=route")).get("TransformerConfig")
     expected = "MoEConfig.padding must be one of 'ignored', 'counted', 'zeroed', 'routed', got 'route'"
-    assert str(caught.value) == f"{expected} (set by --gin.MoEConfig.padding=route)."
+    assert str(caught.value) == f"{expected} (set by --gin.MoEConfig.padding=route). Did you mean 'routed'?"

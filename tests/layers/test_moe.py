@@ -250,13 +250,13 @@ def test_capacity_follows_the_configuration() -> None:
         ("jitter_noise", 1.0, "must be in [0, 1), got 1.0."),
         ("expert_dropout_rate", -0.1, "must be in [0, 1), got -0.1."),
         ("capacity_rounding", "down", "must be one of 'floor', 'round', 'ceil', got 'down'."),
-        ("router_dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'."),
+        ("router_dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'. Did you mean 'bfloat16'?"),
         ("dispatch", "sort", "must be one of 'auto', 'gather', 'einsum', 'dropless', got 'sort'."),
         ("num_experts", 2.5, "must be an integer, got 2.5."),
         ("expert_capacity", 0, "must be at least 1, got 0."),
         ("expert_capacity", 1.5, "must be an integer or None, got 1.5."),
         ("group_size", "row", "must be an integer or one of 'sequence', got 'row'."),
-        ("padding", "counts", "must be one of 'ignored', 'counted', 'zeroed', 'routed', got 'counts'."),
+        ("padding", "counts", "must be one of 'ignored', 'counted', 'zeroed', 'routed', got 'counts'. Did you mean 'counted'?"),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str) -> None:

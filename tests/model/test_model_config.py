@@ -102,7 +102,7 @@ def test_a_dense_model_has_no_sparse_layer_whatever_its_layout() -> None:
         ("scan_layers", 1, "must be True or False, got 1."),
         ("dropout_rate", 1.0, "must be in [0, 1), got 1.0."),
         ("dropout_rate", -0.5, "must be in [0, 1), got -0.5."),
-        ("dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'."),
+        ("dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'. Did you mean 'bfloat16'?"),
         ("initialization", "flax", "must be one of 'paper', 't5x', 't5x_switch', got 'flax'."),
         (
             "mlp_activations",
@@ -131,6 +131,16 @@ def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str)
 def test_a_decoders_variant_of_no_sparse_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^TransformerConfig\.decoder_moe has no effect without .*\.moe, "):
         dataclasses.replace(CONFIG, moe=None, decoder_moe=MoEConfig(4))
+    with pytest.raises(ConfigError, match=r"^TransformerConfig\.decoder_moe has no effect: no block of the decoder "):
+        dataclasses.replace(CONFIG, moe=MoEConfig(4), decoder_moe=MoEConfig(4), decoder_sparse_layers="none")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("attention_sparse_projections", ("out",)), ("attention_expert_dtype", "bfloat16")]
+)
+def test_a_setting_of_sparse_attention_that_there_is_not_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^TransformerConfig\.{field} has no effect without .*\.attention_moe; "):
+        dataclasses.replace(CONFIG, attention_moe=None, **{field: value})
 
 
 def test_activations_may_be_a_list() -> None:

@@ -233,7 +233,8 @@ def test_a_dense_model_has_no_router_losses() -> None:
         (
             "loss_normalizing_factor",
             "num_tokens",
-            "must be a number or one of 'num_real_target_tokens', 'num_total_target_tokens', got 'num_tokens'.",
+            "must be a number or one of 'num_real_target_tokens', 'num_total_target_tokens', got 'num_tokens'. "
+            "Did you mean 'num_real_target_tokens'?",
         ),
     ],
 )
