@@ -69,13 +69,20 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     if origin in (tuple, Sequence):
         item = typing.get_args(hint)[0]
         return isinstance(value, tuple | list) and all(_is_a(entry, item) for entry in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
     return isinstance(value, hint) if isinstance(hint, type) else callable(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # An int that no float holds.
+        return False
 
 
 def _nearest_choice(value: Any, hint: Any) -> str:

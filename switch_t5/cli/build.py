@@ -112,6 +112,11 @@ class RunSpec:
                 f"is {self.loss.load_loss_weight}, but the load loss is of gaussian noise, which no router here has; "
                 "set RouterConfig.exploration = 'gaussian', or the weight to 0.",
             )
+        if self.loss.decoder_load_balance_loss_weight is not None and not self.transformer.sparse_configs(decoder=True):
+            raise ConfigError(
+                "LossConfig.decoder_load_balance_loss_weight",
+                "has no effect: no block of the decoder is sparse; leave it at None.",
+            )
         # The weights of the other losses are set by default and by the conventions, whatever the router.
         if self.loss.importance_loss_weight and not any(moe.router.has_kernel for moe in layers):
             raise ConfigError(

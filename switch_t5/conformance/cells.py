@@ -22,6 +22,7 @@ from switch_t5.conformance import oracle
 from switch_t5.conformance.layers import (
     LAYERS,
     PLAIN,
+    Draws,
     Evaluation,
     Example,
     Layer,
@@ -37,10 +38,11 @@ from switch_t5.partitioning.rules import named_sharding, partitioned
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import RouterConfig
 
-BATCH, LENGTH, FEATURES, HIDDEN, EXPERTS = 4, 10, 4, 4, 8
-CAPACITY_FACTOR = 2.3
+BATCH, LENGTH, FEATURES, HIDDEN, EXPERTS = 4, 10, 4, 4, 12
+"""Experts in such number that a token of expert choice may have more of them than are gathered one by one."""
+CAPACITY_FACTOR = 3.5
 CAPACITY = 2
-"""Of a group of 10 tokens: the floor of 10 x 2.3 / 8 = 2.9; tokens are dropped all the same."""
+"""Of a group of 10 tokens: the floor of 10 x 3.5 / 12 = 2.9; tokens are dropped all the same."""
 EVALUATION_CAPACITY_FACTOR = 1.0
 EVALUATION_CAPACITY = 1
 
@@ -57,7 +59,7 @@ LOSS_WEIGHTS = {"load_balance_loss": 0.5, "router_z_loss": 0.25, "importance_los
 """Of the losses, in the scalar whose gradient is compared; large, so that none can hide."""
 
 KEY = jax.random.key(11)
-"""Of noisy logits."""
+"""Of all that a layer draws."""
 
 BIAS = np.linspace(-0.3, 0.3, EXPERTS)
 MESHES: dict[str, MeshConfig] = {
@@ -193,10 +195,7 @@ def expected_values(
     capacity = None if not has_capacity else CAPACITY if LAYERS[layer].train else EVALUATION_CAPACITY
     spec: Router = ROUTERS[router]
     shape = (BATCH, LENGTH, EXPERTS)
-    key = layer_keys(KEY).choice
-    assert key is not None
-    noise = np.asarray(jax.random.normal(key, shape, jnp.float32), np.float64)
-    example = Example(inputs["mask"], inputs["tokens"], capacity, BIAS, noise)
+    example = Example(inputs["mask"], inputs["tokens"], capacity, BIAS, draws())
 
     def evaluated(arrays: dict[str, np.ndarray]) -> Evaluation:
         return evaluate(LAYERS[layer], spec, arrays, example)
@@ -220,6 +219,21 @@ def expected_values(
     }
 
 
+@functools.cache
+def draws() -> Draws:
+    """What :data:`KEY` draws, by the functions that draw it in a layer."""
+    keys, tokens = layer_keys(KEY), (BATCH, LENGTH)
+    assert keys.choice is not None and keys.input is not None
+    drawn = Draws(
+        normal=jax.random.normal(keys.choice, (*tokens, EXPERTS)),
+        gumbel=jax.random.gumbel(keys.choice, (*tokens, EXPERTS)),
+        uniform=jax.random.uniform(keys.choice, tokens),
+        expert=jax.random.randint(keys.choice, tokens, 0, EXPERTS),
+        jitter=jax.random.uniform(keys.input, (*tokens, FEATURES), minval=-1.0, maxval=1.0),
+    )
+    return Draws(**{field: np.asarray(value, np.float64) for field, value in vars(drawn).items()})
+
+
 def actual_values(cell: Cell, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The layer's output, losses, statistics, routes, slots and gradients."""
     form, mesh = LAYERS[cell.layer], make_mesh(MESHES[cell.mesh])
@@ -234,7 +248,7 @@ def actual_values(cell: Cell, inputs: dict[str, np.ndarray]) -> dict[str, np.nda
         )
         for name in ("x", "cotangent", "mask", "tokens")
     }
-    rng = KEY if form.is_noisy else None
+    rng = None if form.drawn is None else KEY
 
     def scalar(params: Any, x: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
         layer, mask, tokens = nnx.merge(graph, params), arrays["mask"], arrays["tokens"]
@@ -274,7 +288,6 @@ def make_layer(
         eval_capacity_factor=EVALUATION_CAPACITY_FACTOR,
         min_expert_capacity=1,
         router=config,
-        jitter_noise=0.0,
         dispatch=dispatch,
     )
     layer = SwitchFeedForward(form.adapt(moe), FEATURES, HIDDEN, form.activations, "paper", rngs=nnx.Rngs(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,32 @@ from switch_t5.conformance.routers import Router
 from switch_t5.layers.moe_config import MoEConfig, Padding
 from switch_t5.routing.assignment import Assignment, Choices
 from switch_t5.routing.balance import BalanceScope
+from switch_t5.routing.router import Exploration
 
 NOISE_STD = 0.5
 """Of gaussian logits: enough to move many tokens to another expert."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The numbers that a layer draws, for the oracle to be given.
+
+    Attributes:
+      normal: ``[G, S, E]``, of deviation 1.
+      gumbel: ``[G, S, E]``.
+      uniform: ``[G, S]``, in [0, 1).
+      expert: ``[G, S]``, one expert or another.
+      jitter: ``[G, S, D]``, in [-1, 1).
+    """
+
+    normal: np.ndarray
+    gumbel: np.ndarray
+    uniform: np.ndarray
+    expert: np.ndarray
+    jitter: np.ndarray
+
+
+DrawnRoutes = Callable[[np.ndarray, np.ndarray, int | None, Draws], list[oracle.Route]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +49,10 @@ class Layer:
       padding: as :class:`switch_t5.layers.moe_config.MoEConfig` has it.
       activations: of the experts; two gate.
       num_shared_experts: beside the routed ones.
-      is_noisy: gaussian logits, and the load loss that they allow.
+      exploration: of ``top_k``; ``gaussian`` has a load loss too.
+      jitter_noise: of the router's input.
+      drawn: logits ``[G, S, E]``, mask ``[G, S]``, the capacity and the draws to the oracle's routes; None where
+        nothing is drawn.
       train: False for evaluation, whose capacity is another.
       scope: of the load-balance loss.
       sequences: that a group's tokens are of.
@@ -37,7 +63,9 @@ class Layer:
     padding: Padding = "ignored"
     activations: tuple[str, ...] = ("relu",)
     num_shared_experts: int = 0
-    is_noisy: bool = False
+    exploration: Exploration = "argmax"
+    jitter_noise: float = 0.0
+    drawn: DrawnRoutes | None = None
     train: bool = True
     scope: BalanceScope = "group"
     sequences: int = 1
@@ -47,14 +75,15 @@ class Layer:
     def adapt(self, config: MoEConfig) -> MoEConfig:
         """``config`` in this form."""
         router = config.router
-        if self.is_noisy:
-            noise_std = NOISE_STD * config.num_experts
-            router = dataclasses.replace(router, exploration="gaussian", noise_std=noise_std)
+        if self.exploration != "argmax":
+            std = NOISE_STD * config.num_experts if self.exploration == "gaussian" else router.noise_std
+            router = dataclasses.replace(router, exploration=self.exploration, noise_std=std)
         return dataclasses.replace(
             config,
             router=router,
             padding=self.padding,
             num_shared_experts=self.num_shared_experts,
+            jitter_noise=self.jitter_noise,
             balance_scope=self.scope,
         )
 
@@ -70,7 +99,26 @@ LAYERS: dict[str, Layer] = {
     PLAIN: Layer(router=None),
     "gated": Layer(activations=("gelu", "linear")),
     "shared expert": Layer(num_shared_experts=1),
-    "noisy": Layer(is_noisy=True),
+    "gaussian noise": Layer(
+        exploration="gaussian",
+        drawn=lambda logits, mask, capacity, draws: oracle.top_k(
+            logits, mask, capacity, k=2, gumbel=NOISE_STD * draws.normal
+        ),
+    ),
+    "sampled": Layer(
+        exploration="sample",
+        drawn=lambda logits, mask, capacity, draws: oracle.top_k(logits, mask, capacity, k=2, gumbel=draws.gumbel),
+    ),
+    "jitter": Layer(
+        jitter_noise=0.25, drawn=lambda logits, mask, capacity, draws: oracle.top_k(logits, mask, capacity, k=2)
+    ),
+    "second choice drawn": Layer(
+        router="gshard_top_2",
+        drawn=lambda logits, mask, capacity, draws: oracle.gshard_top_2(logits, mask, capacity, uniform=draws.uniform),
+    ),
+    "experts drawn": Layer(
+        router="random", drawn=lambda logits, mask, capacity, draws: oracle.given(draws.expert, mask, capacity)
+    ),
     "padding counted": Layer(padding="counted", router="switch"),
     "padding routed": Layer(padding="routed"),
     "padding zeroed": Layer(padding="zeroed"),
@@ -88,14 +136,14 @@ class Example:
       tokens: ``[G, S]``, entries of the vocabulary.
       capacity: slots of an expert for a group; None for any number.
       bias: ``[E]``, of the routers that have one.
-      noise: ``[G, S, E]``, of deviation 1, which noisy logits were drawn with.
+      draws: what the layer drew.
     """
 
     mask: np.ndarray
     tokens: np.ndarray
     capacity: int | None
     bias: np.ndarray
-    noise: np.ndarray
+    draws: Draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +177,10 @@ def evaluate(layer: Layer, router: Router, arrays: Mapping[str, np.ndarray], exa
     if layer.padding == "zeroed":
         x = np.where(real[..., None], x, 0)
     routed = np.ones_like(real) if layer.padding in ("routed", "zeroed") else real
-    logits = x @ arrays["router"]
-    if layer.is_noisy:
-        noise = NOISE_STD * example.noise
-        routes = oracle.top_k(logits, routed, example.capacity, k=2, gumbel=noise)
+    logits = (x * (1 + layer.jitter_noise * example.draws.jitter)) @ arrays["router"]
+    if layer.drawn is not None:
+        routes = layer.drawn(logits, routed, example.capacity, example.draws)
     else:
-        noise = np.zeros(())
         choose = router.routes if layer.train else router.evaluation_routes or router.routes
         routes = choose(logits, routed, example.tokens, example.capacity, example.bias)
     output = oracle.combine(x, routes, [arrays[name] for name in layer.into], arrays["wo"], layer.activations)
@@ -143,7 +189,8 @@ def evaluate(layer: Layer, router: Router, arrays: Mapping[str, np.ndarray], exa
         output = output + oracle.experts_forward(x, kernels, arrays["shared/wo"][None], layer.activations)[0]
     losses = router.losses(logits, routed, routes, layer.scope)
     statistics = router.statistics(logits, routed, routes)
-    if layer.is_noisy:
+    if layer.exploration == "gaussian":
+        noise = NOISE_STD * example.draws.normal
         load = oracle.load_loss(logits, logits + noise, routed, k=2, noise_std=NOISE_STD)
         losses["load_loss"] = (load * routed.sum(axis=1)).sum()
     if layer.padding == "counted":

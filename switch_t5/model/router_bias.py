@@ -19,18 +19,21 @@ from switch_t5.types import Array, Params
 _NAME = "router_bias"
 
 
-def update_router_biases(params: Params, stats: Mapping[str, RouterStats], config: TransformerConfig) -> Params:
+def update_router_biases(
+    params: Params, before: Params, stats: Mapping[str, RouterStats], config: TransformerConfig
+) -> Params:
     """Moves every router's bias by its rate towards an even load; leaves all else, and models without, as they are.
 
     Args:
       params: of the model, after the optimizer's update.
+      before: the same before it, from where biases move: an optimizer may decay even what has no gradient.
       stats: of the batch that the update was made from, by stack, with a leading axis over sparse layers.
       config: of the model.
     """
     updated = dict(params)
     for stack, layers in stats.items():
         configs = {"self_attention": config.attention_moe, "mlp": config.moe_of(decoder=stack == "decoder")}
-        blocks = params[stack]["stack"]["blocks"]
+        blocks = before[stack]["stack"]["blocks"]
         places = [
             (name, *inner) for name in sorted(blocks, key=_index) for inner in SPARSE_LAYERS if _at(blocks[name], inner)
         ]

@@ -173,10 +173,13 @@ def sinkhorn_scores(router_logits: Array, mask: Array, iterations: int) -> Array
     share = jnp.log(tokens / logits.shape[-1])
     hidden = jnp.where(mask, 0, -jnp.inf)[..., None]
     potential = jnp.zeros((logits.shape[0], logits.shape[-1]), logits.dtype)
-    for _ in range(iterations):
+
+    def iterate(_: Array, potential: Array) -> Array:
         of_token = -jax.nn.logsumexp(logits + potential[:, None], axis=-1, keepdims=True)
         total = jax.nn.logsumexp(logits + of_token + hidden, axis=1)
-        potential = jnp.where(jnp.any(mask, axis=-1)[:, None], share - total, 0)
+        return jnp.where(jnp.any(mask, axis=-1)[:, None], share - total, 0)
+
+    potential = jax.lax.fori_loop(0, iterations, iterate, potential)
     return logits + potential[:, None]
 
 

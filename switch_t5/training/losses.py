@@ -31,6 +31,7 @@ class LossConfig:
       label_smoothing: probability spread over the other entries of the vocabulary.
       z_loss: weight of ``logsumexp(logits)^2``.
       load_balance_loss_weight: alpha of eq. 4.
+      decoder_load_balance_loss_weight: the decoder's, where it is another: its router may need none, or alone need it.
       router_z_loss_weight: weight of the router z-loss.
       importance_loss_weight: weight of the importance loss (Shazeer et al. 2017).
       load_loss_weight: weight of the load loss (Shazeer et al. 2017); its router needs gaussian exploration.
@@ -47,6 +48,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     z_loss: float = 1e-4
     load_balance_loss_weight: float = 1e-2
+    decoder_load_balance_loss_weight: float | None = None
     router_z_loss_weight: float = 0.0
     importance_loss_weight: float = 0.0
     load_loss_weight: float = 0.0
@@ -59,8 +61,9 @@ class LossConfig:
         check_types(self)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError("LossConfig.label_smoothing", f"must be in [0, 1), got {self.label_smoothing}.")
-        for field in ("hard_loss_weight", "soft_loss_weight", "z_loss", *(f"{name}_weight" for name in ROUTER_LOSSES)):
-            if getattr(self, field) < 0:
+        router_weights = [f"{name}_weight" for name in ROUTER_LOSSES] + ["decoder_load_balance_loss_weight"]
+        for field in ("hard_loss_weight", "soft_loss_weight", "z_loss", *router_weights):
+            if (getattr(self, field) or 0) < 0:
                 raise ConfigError(f"LossConfig.{field}", f"must not be negative, got {getattr(self, field)}.")
         if self.temperature <= 0:
             raise ConfigError("LossConfig.temperature", f"must be above 0, got {self.temperature}.")
@@ -122,30 +125,31 @@ def batch_totals(batch: Batch, config: LossConfig, model: TransformerConfig) -> 
     return Totals(normalizer=normalizer.astype(jnp.float32), **totals)
 
 
-def router_loss(stats: ModelStats, totals: Totals, config: LossConfig) -> dict[str, Array]:
+def router_losses(stats: ModelStats, totals: Totals, config: LossConfig) -> tuple[Array, dict[str, Array]]:
     """The router's losses of a (micro)batch, each over its stack's tokens and reduced over sparse layers.
 
     Returns:
-      ``load_balance_loss``, ``router_z_loss`` and what else has a weight, as unweighted scalars; empty for a dense
-      model.
+      What they add to the loss, and ``load_balance_loss``, ``router_z_loss`` and what else has a weight, as unweighted
+      scalars; 0 and none for a dense model.
     """
+    weighted, losses = jnp.zeros(()), {}
     stacks = stats.stacks()
-    if not stacks:
-        return {}
     reduction = config.sparse_layer_reduction
     num_layers = {which: stack.tokens.shape[0] for which, stack in stacks.items()}
-    scale = 1 / sum(num_layers.values()) if reduction == "mean" else 1.0
-
-    def reduce(name: str) -> Array:
-        total = jnp.zeros(())
-        for which, stack in stacks.items():
-            tokens = getattr(totals, f"{which}_counted" if name == "load_balance_loss" else which)
-            of_stack = jnp.sum(getattr(stack, name)) / tokens
-            total += of_stack / num_layers[which] if reduction == "stack_mean" else of_stack
-        return scale * total
-
-    always = ("load_balance_loss", "router_z_loss")
-    return {name: reduce(name) for name in ROUTER_LOSSES if name in always or getattr(config, f"{name}_weight")}
+    scale = 1 / sum(num_layers.values()) if stacks and reduction == "mean" else 1.0
+    for name in ROUTER_LOSSES if stacks else ():
+        weights = dict.fromkeys(stacks, getattr(config, f"{name}_weight"))
+        if name == "load_balance_loss" and config.decoder_load_balance_loss_weight is not None:
+            weights |= {"decoder": config.decoder_load_balance_loss_weight}
+        if name in ("load_balance_loss", "router_z_loss") or any(weights.values()):
+            losses[name] = jnp.zeros(())
+            for which, stack in stacks.items():
+                tokens = getattr(totals, f"{which}_counted" if name == "load_balance_loss" else which)
+                share = scale * jnp.sum(getattr(stack, name)) / tokens
+                share = share / num_layers[which] if reduction == "stack_mean" else share
+                losses[name] += share
+                weighted += weights[which] * share
+    return weighted, losses
 
 
 def cross_entropy(

@@ -18,7 +18,7 @@ from switch_t5.training.losses import (
     Totals,
     batch_totals,
     cross_entropy,
-    router_loss,
+    router_losses,
     soft_cross_entropy,
 )
 from switch_t5.training.state import TrainState
@@ -60,7 +60,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast("Params", optax.apply_updates(state.params, updates))
-        params = update_router_biases(params, metrics["router"], model.config)
+        params = update_router_biases(params, state.params, metrics["router"], model.config)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -89,9 +89,8 @@ def batch_loss(
         z_loss=config.z_loss,
     )
     parts = {"cross_entropy": nats / totals.normalizer, "z_loss": z_loss / totals.normalizer}
-    router = router_loss(stats, totals, config)
-    weighted = (getattr(config, f"{name}_weight") * value for name, value in router.items())
-    loss = sum(weighted, config.hard_loss_weight * parts["cross_entropy"] + parts["z_loss"])
+    weighted, router = router_losses(stats, totals, config)
+    loss = config.hard_loss_weight * parts["cross_entropy"] + parts["z_loss"] + weighted
     if teacher_logits is not None:
         weights = batch["decoder_loss_weights"]
         soft = soft_cross_entropy(

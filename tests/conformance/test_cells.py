@@ -100,6 +100,9 @@ masks, rows_of, holders = dispatch._masks, dispatch._rows, assignment._holders
 token_of, even_rows = cast("property", vars(assignment.Assignment)["token"]).__get__, expert_loop.even_rows
 no_token_left_behind, expert_choice = choice.no_token_left_behind, choice.expert_choice
 assign_slots, load_balance_loss = choice.assign_slots, balance.load_balance_loss
+gshard_top_2, hashed, sum_shards = choice.gshard_top_2, choice.hashed, moe.sum_shards
+route_without_logits, einsum_dispatch = moe.route_without_logits, dispatch.Einsum.dispatch
+layer_call = moe.SparseLayer.__call__
 
 
 def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -212,6 +215,50 @@ def each_sequence_on_its_own(batch: int, length: int, *group: Any) -> tuple[int,
     return batch, length
 
 
+def always_asked(*args: Any, uniform: jax.Array) -> Any:
+    return gshard_top_2(*args, uniform=jnp.zeros_like(uniform))
+
+
+def not_renormalized(*args: Any, **kwargs: Any) -> Any:
+    return top_k(*args, **kwargs | {"renormalize": False})
+
+
+def not_scaled(*args: Any, **kwargs: Any) -> Any:
+    return top_k(*args, **kwargs | {"scale": 1.0})
+
+
+def all_groups(scores: jax.Array, *limits: int) -> jax.Array:
+    del limits
+    return scores
+
+
+def the_next_expert(tokens: jax.Array, num_experts: int) -> jax.Array:
+    return (hashed(tokens, num_experts) + 1) % num_experts
+
+
+def drawn_by_another_key(*args: Any, rng: jax.Array) -> Any:
+    return route_without_logits(*args, rng=jax.random.fold_in(rng, 1))
+
+
+def without_a_key(layer: Any, x: jax.Array, mask: jax.Array, rng: Any) -> Any:
+    del rng
+    return router_logits(layer, x, mask, None)
+
+
+def one_devices_part(x: jax.Array, *, scatter: str, over: str) -> jax.Array:
+    del over
+    return sum_shards(x, scatter=scatter, over="embed")
+
+
+def masks_of_the_next_token(method: Any, x: jax.Array, assigned: Any) -> jax.Array:
+    return einsum_dispatch(method, jnp.roll(x, 1, axis=1), assigned)
+
+
+def routed_as_it_is(layer: Any, *args: Any, **more: Any) -> Any:
+    layer.config = dataclasses.replace(layer.config, padding="routed")
+    return layer_call(layer, *args, **more)
+
+
 def in_bfloat16(layer: Any, x: jax.Array, *others: Any) -> Any:
     layer.config = dataclasses.replace(layer.config, router_dtype="bfloat16")
     return router_logits(layer, x, *others)
@@ -227,6 +274,8 @@ SENT = {"routes", *SERVED}
 BALANCE = {"load_balance_loss", *LOGITS}
 DISTRIBUTION = {"load_balance_loss", "router_z_loss", "importance_loss", "router_entropy", "router_confidence"}
 """What is computed from probabilities alone, in float32."""
+ELSEWHERE = {"expert_load", "load_balance_loss", "importance_loss", *SENT} - {"gradient of router"}
+"""What depends on a choice that no router makes."""
 EVERYTHING = {"tokens", "expert_load", *DISTRIBUTION, *SENT}
 
 
@@ -244,7 +293,10 @@ class Wrong(NamedTuple):
 LAYER = moe.SwitchFeedForward
 TWO, MESHED, DROPLESS = Cell("top_2"), Cell("switch", mesh="2 x 2 x 2"), Cell("switch", "dropless")
 SWITCH, EXPERT_CHOICE, NO_TOKEN = Cell("switch"), Cell("expert_choice"), Cell("no_token_left_behind")
-EVEN, SHARED, NOISY = Cell("sinkhorn", "dropless"), Cell("top_2", layer="shared expert"), Cell("top_2", layer="noisy")
+EVEN, SHARED = Cell("sinkhorn", "dropless"), Cell("top_2", layer="shared expert")
+NOISY, LIMITED = Cell("top_2", layer="gaussian noise"), Cell("sigmoid_limited")
+ASKED, DRAWN = Cell("gshard_top_2", layer="second choice drawn"), Cell("random", layer="experts drawn")
+EINSUM, ZEROED = Cell("top_2", "einsum"), Cell("top_2", layer="padding zeroed")
 GROUPED, EVALUATED = Cell("top_2", layer=SEVERAL), Cell("sinkhorn", layer="evaluation")
 
 WRONG = [
@@ -258,7 +310,7 @@ WRONG = [
     Wrong("rows given to another expert", SWITCH, moe, "filled_slots", rows_of_the_next_expert, OUTPUT),
     Wrong("load counted after capacity", TWO, router, "load_of", load_after_capacity, {"expert_load", *BALANCE}),
     Wrong("choices averaged for summed", TWO, dispatch, "_sum_by_token", unscaled, {"output", "gradient of x"}),
-    Wrong("masks without weights", Cell("top_2", "einsum"), dispatch, "_masks", every_slot_by_weight_one, OUTPUT),
+    Wrong("masks without weights", EINSUM, dispatch, "_masks", every_slot_by_weight_one, OUTPUT),
     Wrong("rows of the token before", MESHED, dispatch, "_rows", the_token_before, OUTPUT),
     Wrong("slots held by the next token", MESHED, assignment, "_holders", holders_one_too_far, OUTPUT),
     Wrong("an expert's last row left out", DROPLESS, expert_loop, "cut", blocks_one_row_short, OUTPUT),
@@ -285,6 +337,18 @@ MORE_WRONG = [
     Wrong("training's capacity and plan", EVALUATED, LAYER, "route", as_in_training, {"expert_load", *SENT, *BALANCE}),
     Wrong("groups balanced apart", GROUPED, balance, "load_balance_loss", each_group_on_its_own, BALANCE),
     Wrong("each sequence a group", GROUPED, moe, "group_shape", each_sequence_on_its_own, {"importance_loss", *OUTPUT}),
+    Wrong("one slot more on a mesh", MESHED, moe_config, "expert_capacity", one_more_slot, SERVED),
+    Wrong("a cumsum that is not exclusive on a mesh", MESHED, assignment, "_counts", inclusive_counts, SERVED),
+    Wrong("a second choice always asked", ASKED, choice, "gshard_top_2", always_asked, SENT),
+    Wrong("not renormalized", Cell("top_3_renormalized"), choice, "top_k", not_renormalized, OUTPUT),
+    Wrong("not scaled", Cell("sigmoid_top_k"), choice, "top_k", not_scaled, OUTPUT),
+    Wrong("all groups", LIMITED, choice, "limited_scores", all_groups, {"expert_load", *SENT, *BALANCE}),
+    Wrong("another hash", Cell("hash"), choice, "hashed", the_next_expert, ELSEWHERE),
+    Wrong("another draw", DRAWN, moe, "route_without_logits", drawn_by_another_key, ELSEWHERE),
+    Wrong("no jitter", Cell("top_2", layer="jitter"), LAYER, "_router_logits", without_a_key, EVERYTHING),
+    Wrong("a device's part", Cell("switch", "dropless", mesh="2 x 2 x 2"), moe, "sum_shards", one_devices_part, OUTPUT),
+    Wrong("masks of the next token", EINSUM, dispatch.Einsum, "dispatch", masks_of_the_next_token, OUTPUT),
+    Wrong("padding not zeroed", ZEROED, moe.SparseLayer, "__call__", routed_as_it_is, EVERYTHING),
     Wrong("a router in bfloat16", Cell("switch", dtype="bfloat16"), LAYER, "_router_logits", in_bfloat16, DISTRIBUTION),
 ]
 
@@ -335,7 +399,7 @@ def test_sampled_experts_are_those_of_gumbel_noise_and_weigh_their_own_probabili
         np.testing.assert_allclose(weight, route.weight, rtol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("k", [1, 3, cells.EXPERTS])
 def test_the_load_loss_under_gaussian_noise_is_the_oracles(k: int) -> None:
     logits, mask = logits_and_mask()
     rng, std = jax.random.key(7), 0.5

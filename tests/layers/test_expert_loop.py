@@ -69,6 +69,17 @@ def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Loa
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("load", [Load(), Load(most=2560)], ids=str)
+@pytest.mark.parametrize("sizes", [[1025, 1023, 0, 512], [2560, 0, 0, 0], [1, 0, 2500, 9]], ids=str)
+def test_an_expert_of_several_blocks_meets_all_of_its_rows_once(load: Load, sizes: list[int]) -> None:
+    arrays = operands(2560, len(sizes))
+    as_float32 = [jnp.asarray(array, bool if array.dtype == bool else jnp.float32) for array in arrays]
+    results = found(load, as_float32, jnp.asarray(sizes, jnp.int32))
+    for result, expected in zip(results, in_loops(arrays, sizes), strict=True):
+        # A kernel's gradient is a sum over as many rows as the expert has.
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max() + 1e-5)
+
+
 @pytest.mark.parametrize("sizes", [[10, 10, 10, 10], [9, 7, 5, 6]], ids=str)
 def test_a_bfloat16_layer_is_as_near_as_its_numbers_allow(sizes: list[int]) -> None:
     arrays = operands(40, 4)

@@ -256,13 +256,22 @@ def test_capacity_follows_the_configuration() -> None:
         ("expert_capacity", 0, "must be at least 1, got 0."),
         ("expert_capacity", 1.5, "must be an integer or None, got 1.5."),
         ("group_size", "row", "must be an integer or one of 'sequence', got 'row'."),
-        ("padding", "counts", "must be one of 'ignored', 'counted', 'zeroed', 'routed', got 'counts'. Did you mean 'counted'?"),
+        (
+            "padding",
+            "counts",
+            "must be one of 'ignored', 'counted', 'zeroed', 'routed', got 'counts'. Did you mean 'counted'?",
+        ),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(CONFIG, **{field: value})
     assert str(caught.value) == f"MoEConfig.{field} {message}"
+
+
+def test_an_integer_that_no_float_holds_is_no_number() -> None:
+    with pytest.raises(ConfigError, match=r"^MoEConfig\.train_capacity_factor must be a number, got 1000"):
+        MoEConfig(4, train_capacity_factor=10**400)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,37 @@ def test_gradients_reach_every_router_and_expert(dispatch: Any) -> None:
             assert (np.abs(np.asarray(kernel)).sum((1, 2, 3)) > 0).sum() > 1
 
 
+def test_gradients_are_the_walks_differences() -> None:
+    layer = make_layer(PROJECTIONS)
+    graph, params = nnx.split(layer)
+    x, real, positions = given()
+    at = {**nnx.to_pure_dict(params), "x": x}
+
+    def layer_of(values: dict[str, Any]) -> SwitchAttention:
+        state = nnx.clone(params)
+        nnx.replace_by_pure_dict(state, {name: value for name, value in values.items() if name != "x"})
+        return nnx.merge(graph, state)
+
+    def of_walk(values: dict[str, Any]) -> float:
+        return float(np.sin(walk(layer_of(values), values["x"], real, positions, CAPACITY)[0])[np.asarray(real)].sum())
+
+    @jax.jit
+    @jax.grad
+    def gradient(values: dict[str, Any]) -> Array:
+        output, _ = apply(layer_of(values), values["x"], real, positions)
+        return jnp.sum(jnp.where(real[..., None], jnp.sin(output), 0))
+
+    found, random = gradient(at), np.random.default_rng(2)
+    for name in at:
+        # So small a step that no token is routed elsewhere.
+        step = jax.tree.map(lambda leaf: jnp.asarray(1e-3 * random.normal(size=leaf.shape), jnp.float32), at[name])
+        before, after = ({**at, name: jax.tree.map(add, at[name], step)} for add in (jnp.subtract, jnp.add))
+        moved = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), after, before)
+        products = jax.tree.map(lambda slope, by: float(np.sum(np.asarray(slope, np.float64) * by)), found, moved)
+        expected = of_walk(after) - of_walk(before)
+        np.testing.assert_allclose(sum(jax.tree.leaves(products)), expected, rtol=1e-3, err_msg=name)
+
+
 def test_experts_in_float32_round_once_in_a_bfloat16_model() -> None:
     x, real, positions = given(jnp.bfloat16)
     seen = {}

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from switch_t5.conformance.cells import BATCH, FEATURES, LENGTH, ROUTERS, example_inputs, make_layer
 from switch_t5.layers.dense import FeedForward
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.moe_config import MoEConfig
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 TOKENS, EMBED, HIDDEN = 8192, 512, 2048
 AXES = ("batch", "length", "mlp")
+ONE_CHIP = MeshConfig(num_devices=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,22 +42,33 @@ def without_a_tpu() -> Any:
         yield
 
 
-def flops(module: nnx.Module, call: Callable[[Any, jax.Array], jax.Array]) -> float:
-    """Of the value and all gradients, on one chip of a v5e, in bfloat16."""
+def compiled(
+    module: nnx.Module,
+    call: Callable[[Any, jax.Array], jax.Array],
+    *,
+    shape: tuple[int, int, int] = (1, TOKENS, EMBED),
+    dtype: Any = jnp.bfloat16,
+    mesh_config: MeshConfig = ONE_CHIP,
+) -> jax.stages.Compiled:
+    """The value and all gradients, of an input of that shape, on chips of a v5e."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = make_mesh(MeshConfig(num_devices=1), topology.devices[:1])
+    mesh = make_mesh(mesh_config, topology.devices)
     whole = NamedSharding(mesh, PartitionSpec())
     graph, params = nnx.split(module)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), params)
-    x = jax.ShapeDtypeStruct((1, TOKENS, EMBED), jnp.bfloat16, sharding=whole)
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     def step(params: nnx.State, x: jax.Array, dy: jax.Array) -> Any:
         y, pull = jax.vjp(lambda params, x: call(nnx.merge(graph, params), x), params, x)
         return y, pull(dy)
 
     with partitioned(mesh):
-        program = jax.jit(step).lower(params, x, x).compile()
-    costs = program.cost_analysis()
+        return jax.jit(step).lower(params, x, x).compile()
+
+
+def flops(module: nnx.Module, call: Callable[[Any, jax.Array], jax.Array]) -> float:
+    """Of :func:`compiled`, on one chip."""
+    costs = compiled(module, call).cost_analysis()
     assert costs is not None
     return costs["flops"]
 
@@ -84,3 +97,20 @@ def test_the_sparse_layer_costs_little_more_than_its_capacity(dispatch: Any, lim
     ratio = flops(layer, call) / dense_flops()
     # Below, and no program that leaves work out: every token is multiplied.
     assert 1.0 <= ratio <= limit
+
+
+@pytest.mark.parametrize(
+    "mesh_config", [ONE_CHIP, MeshConfig(num_expert_partitions=2, num_model_partitions=2)], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+def test_the_layer_of_the_conformance_cells_compiles(dispatch: Any, dtype: Any, mesh_config: MeshConfig) -> None:
+    layer = make_layer(ROUTERS["top_2"].config, dispatch, example_inputs(dtype))
+    mask, ids = jnp.ones((BATCH, LENGTH), bool), jnp.ones((BATCH, LENGTH), jnp.int32)
+
+    def call(layer: Any, x: jax.Array) -> jax.Array:
+        return layer(x, mask, tokens=ids, sequences=1, train=True, rng=None)[0]
+
+    program = compiled(layer, call, shape=(BATCH, LENGTH, FEATURES), dtype=dtype, mesh_config=mesh_config)
+    # Mosaic's kernels, where rows are multiplied by their experts' matrices.
+    assert ("tpu_custom_call" in str(program.as_text())) == (dispatch == "dropless")

@@ -23,7 +23,7 @@ from switch_t5.model.transformer import logits
 from switch_t5.partitioning.rules import partition_spec
 from switch_t5.routing.balance import RouterStats
 from switch_t5.routing.router import RouterConfig
-from switch_t5.training.losses import LossConfig, batch_totals, router_loss
+from switch_t5.training.losses import LossConfig, batch_totals, router_losses
 from tests.model.small import examples, random_params, unpacked
 
 MOE = MoEConfig(4, group_size=12, train_capacity_factor=1.0, eval_capacity_factor=8.0, min_expert_capacity=1)
@@ -65,7 +65,7 @@ def test_each_router_is_a_sparse_layer_of_the_losses_and_statistics() -> None:
         ("mean", sum(sums) / 11),
         ("stack_mean", sums[0] / 8 + sums[1] / 3),
     ):
-        losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction=reduction))
+        _, losses = router_losses(stats, totals, LossConfig(sparse_layer_reduction=reduction))
         np.testing.assert_allclose(losses["load_balance_loss"], expected, rtol=1e-6)
 
 

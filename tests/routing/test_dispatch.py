@@ -183,7 +183,9 @@ NO_SLOTS = [(name, None) for name, router in ROUTERS.items() if not router.confi
 
 
 @pytest.mark.parametrize(("name", "capacity"), [*SLOTS, *NO_SLOTS])
-def test_no_router_needs_a_scatter_or_a_mask_of_tokens_by_experts_by_capacity(name: str, capacity: int | None) -> None:
+def test_few_choices_need_no_scatter_and_no_mask_of_tokens_by_experts_by_capacity(
+    name: str, capacity: int | None
+) -> None:
     groups, tokens, experts, features = 2, 64, 8, 4
     mask, ids = jnp.ones((groups, tokens), bool), jnp.zeros((groups, tokens), jnp.int32)
 

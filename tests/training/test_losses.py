@@ -17,7 +17,7 @@ from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.transformer import ModelStats
 from switch_t5.routing.balance import RouterStats
-from switch_t5.training.losses import LossConfig, batch_totals, cross_entropy, router_loss
+from switch_t5.training.losses import LossConfig, batch_totals, cross_entropy, router_losses
 from switch_t5.types import Array
 
 BATCH, LENGTH, FEATURES, VOCAB = 2, 5, 6, 11
@@ -180,7 +180,7 @@ def stack_stats(balance: list[float], z_loss: list[float]) -> RouterStats:
 def test_the_load_balance_loss_is_over_the_tokens_it_counts() -> None:
     stats = ModelStats(stack_stats([8.0], [2.0]), None)
     model = dataclasses.replace(DENSE, moe=MoEConfig(2, padding="counted"))
-    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), model), LossConfig())
+    _, losses = router_losses(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), model), LossConfig())
     np.testing.assert_allclose(losses["load_balance_loss"], 8 / 8)
     np.testing.assert_allclose(losses["router_z_loss"], 2 / 4)
 
@@ -188,7 +188,7 @@ def test_the_load_balance_loss_is_over_the_tokens_it_counts() -> None:
 def test_stacks_may_be_averaged_each_and_added() -> None:
     stats = ModelStats(stack_stats([8.0, 4.0], [2.0, 6.0]), stack_stats([10.0], [5.0]))
     config = LossConfig(sparse_layer_reduction="stack_mean")
-    losses = router_loss(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE), config)
+    _, losses = router_losses(stats, batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE), config)
     np.testing.assert_allclose(losses["load_balance_loss"], 12 / 4 / 2 + 10 / 5, rtol=1e-6)
     np.testing.assert_allclose(losses["router_z_loss"], 8 / 4 / 2 + 5 / 5, rtol=1e-6)
 
@@ -200,23 +200,34 @@ def test_router_losses_are_over_their_stacks_tokens_and_reduced_over_sparse_laye
     stats = ModelStats(stack_stats([8.0, 4.0], [2.0, 6.0]), stack_stats([10.0], [5.0]))
     totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
     weights = {"importance_loss_weight": 0.1, "load_loss_weight": 0.1}
-    losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction=reduction, **weights))
+    _, losses = router_losses(stats, totals, LossConfig(sparse_layer_reduction=reduction, **weights))
     np.testing.assert_allclose(losses["load_balance_loss"], scale * (12 / 4 + 10 / 5), rtol=1e-6)
     np.testing.assert_allclose(losses["router_z_loss"], scale * (8 / 4 + 5 / 5), rtol=1e-6)
     np.testing.assert_allclose(losses["importance_loss"], 3 * losses["load_balance_loss"], rtol=1e-6)
     np.testing.assert_allclose(losses["load_loss"], 5 * losses["router_z_loss"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("weight", "decoders", "expected"), [(0.1, None, 0.5), (0.1, 0.0, 0.3), (0.0, 0.1, 0.2)])
+def test_the_decoders_balance_may_weigh_something_else(weight: float, decoders: float | None, expected: float) -> None:
+    stats = ModelStats(stack_stats([8.0, 4.0], [2.0, 6.0]), stack_stats([10.0], [5.0]))
+    totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
+    config = LossConfig(load_balance_loss_weight=weight, decoder_load_balance_loss_weight=decoders)
+    weighted, losses = router_losses(stats, totals, config)
+    np.testing.assert_allclose(weighted, expected, rtol=1e-6)
+    np.testing.assert_allclose(losses["load_balance_loss"], 12 / 4 + 10 / 5, rtol=1e-6)
+
+
 def test_a_model_sparse_in_one_stack_alone_averages_over_that_stack() -> None:
     stats = ModelStats(None, stack_stats([10.0, 20.0], [5.0, 5.0]))
     totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
-    losses = router_loss(stats, totals, LossConfig(sparse_layer_reduction="mean"))
+    _, losses = router_losses(stats, totals, LossConfig(sparse_layer_reduction="mean"))
     np.testing.assert_allclose(losses["load_balance_loss"], 30 / 5 / 2, rtol=1e-6)
 
 
 def test_a_dense_model_has_no_router_losses() -> None:
     totals = batch_totals(BATCH_OF_COUNTS, LossConfig(), DENSE)
-    assert router_loss(ModelStats(None, None), totals, LossConfig()) == {}
+    weighted, losses = router_losses(ModelStats(None, None), totals, LossConfig())
+    assert (float(weighted), losses) == (0, {})
 
 
 @pytest.mark.parametrize(
