@@ -16,8 +16,8 @@ from switch_t5.model.config import TransformerConfig
 def independent(config: TransformerConfig) -> TransformerConfig:
     """The same model, but that no sequence's output depends on the others in its batch, nor on their number.
 
-    Every token gets the experts that its router gives it. Of routers that are made of competition, Sinkhorn and
-    expert choice, the tokens of one sequence still compete, in the encoder.
+    Every token gets the experts that its router gives it, Sinkhorn's by its logits as in all evaluation. Of expert
+    choice, which is made of competition, the tokens of one sequence still compete.
 
     Args:
       config: the model as it is trained.

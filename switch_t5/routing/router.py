@@ -113,7 +113,8 @@ class RouterConfig:
             if self.router not in routers and getattr(self, field.name) != field.default:
                 raise ConfigError(
                     f"RouterConfig.{field.name}",
-                    f"has no effect on the router {self.router!r}; it is for {' and '.join(routers)}.",
+                    f"has no effect on the router {self.router!r}; it is for {' and '.join(routers)}: leave it at "
+                    f"{field.default!r}, or set it back in the scope of a stack with a router of its own.",
                 )
         if self.exploration != "gaussian" and self.noise_std != type(self).noise_std:
             raise ConfigError(

@@ -94,3 +94,10 @@ def test_an_importance_loss_without_probabilities_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"importance_loss_weight is 0\.1, but no router here has probabilities"):
         check(*settings, "RouterConfig.router=hash")
     check(*settings)
+
+
+def test_a_weight_of_a_balance_that_no_decoder_has_is_refused() -> None:
+    weight = "LossConfig.decoder_load_balance_loss_weight=0.1"
+    check(weight)
+    with pytest.raises(ConfigError, match=r"^LossConfig\.decoder_load_balance_loss_weight has no effect: no block of "):
+        check(weight, "TransformerConfig.decoder_sparse_layers='none'")

@@ -59,6 +59,17 @@ def test_a_cell_beyond_its_bound_makes_the_exit_code_1(
     assert printed.err.endswith("some cells are beyond their bound.\n")
 
 
+def test_meshes_that_lack_devices_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cells, "check", lambda cell: Result(cell, {"output": 0.0}))
+    of_few = [cell for cell in cells.cells(2) if cell.router == "hash"]
+    monkeypatch.setattr(cells, "cells", lambda device_count: of_few)
+    assert main(["conformance"]) == 0
+    printed = capsys.readouterr().err
+    assert "not checked, for want of devices: the meshes expert 4, 2 x 2 x 2.\n" in printed
+
+
 @pytest.mark.slow
 def test_a_process_of_its_own_divides_the_cpu_as_asked(tmp_path: Path) -> None:
     path, environment = tmp_path / "result.json", dict(os.environ)
