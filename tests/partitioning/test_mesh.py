@@ -86,8 +86,10 @@ def two_slices(monkeypatch: pytest.MonkeyPatch, platform: str, **partitions: int
             id=4 * slice_index + number,
             process_index=0,
             platform=platform,
-            device_kind=platform,
+            device_kind={"tpu": "TPU v4", "gpu": "H100"}[platform],
             slice_index=slice_index,
+            coords=(number % 2, number // 2, 0),
+            core_on_chip=0,
         )
         for number in range(4)
         for slice_index in range(2)
