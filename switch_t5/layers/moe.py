@@ -2,13 +2,15 @@
 
 Source: Fedus et al. 2022, section 2; the routers are those of :mod:`switch_t5.routing.router`. Tokens are grouped
 ``[G, S, D]``. With a capacity they are dispatched to slots ``[G, E, C, D]``, and turned so that the expert axis takes
-the mesh axis that the groups shared with it: that turn is the only all-to-all, and the turn back the second. Without
-one they are sorted by expert, and every device works on what its own experts are sent.
+the mesh axis that the groups shared with it: that turn is the only all-to-all, and the turn back the second, whether
+the compiler makes them of constraints or they are written out (``MoEConfig.exchange``). Without a capacity tokens are
+sorted by expert, and every device works on what its own experts are sent.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from switch_t5.layers.parameter import parameter, parameter_axes
 from switch_t5.layers.row_blocks import Load
 from switch_t5.partitioning.rules import (
     constrain,
+    exchange_shards,
     gather_shards,
     is_partitioned,
     per_shard,
@@ -116,6 +119,8 @@ class SparseLayer(nnx.Module):
             combined = self._apply_to_choices(x, routing.assignment, keys.experts, train=train)
         elif self._leaves_out_empty_slots():
             combined = self._apply_to_filled_slots(x, routing.assignment, keys.experts)
+        elif self.config.exchange == "all_to_all":
+            combined = self._exchange_slots(x, routing.assignment, keys.experts)
         else:
             combined = self._apply_to_slots(x, routing.assignment, keys.experts)
         if self.config.num_shared_experts:
@@ -186,6 +191,33 @@ class SparseLayer(nnx.Module):
         outputs = constrain(outputs.reshape(experts, groups, capacity, -1), (*EXPERT_AXES, self.out_axis))
         outputs = constrain(jnp.swapaxes(outputs, 0, 1), (*DISPATCHED_AXES, self.out_axis))
         return constrain(method.combine(outputs, assignment), (*TOKEN_AXES, self.out_axis))
+
+    def _exchange_slots(self, x: Array, assignment: Assignment, rng: Array | None) -> Array:
+        """:meth:`_apply_to_slots` as one device does it, which sends its slots and gets others' by itself."""
+        graph, params = nnx.split(self.experts)
+        method = dispatcher(self.config.dispatch)
+
+        def on_a_shard(
+            params: nnx.State, x: Array, assignment: Assignment, numbers: Array, rng: Array | None
+        ) -> Array:
+            dispatched = exchange_shards(method.dispatch(x, assignment), "expert", split=1, join=0)
+            groups, experts, capacity, emb_dim = dispatched.shape
+            outputs = nnx.merge(graph, params)(
+                jnp.swapaxes(dispatched, 0, 1).reshape(experts, groups * capacity, emb_dim),
+                dropout_rate=self.config.expert_dropout_rate,
+                rng=rng,
+                numbers=numbers.reshape(experts, groups * capacity),
+            )
+            outputs = jnp.swapaxes(outputs.reshape(experts, groups, capacity, -1), 0, 1)
+            combined = method.combine(exchange_shards(outputs, "expert", split=0, join=1), assignment)
+            return sum_shards(combined, over=self.summed_axis)
+
+        shape = (self.config.num_experts, x.shape[0], assignment.capacity)
+        numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        by_group = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)), assignment)
+        token_axes, out_axes = (*TOKEN_AXES, self.in_axis), (*TOKEN_AXES, self.out_axis)
+        in_axes = (parameter_axes(params), token_axes, by_group, EXPERT_AXES, None)
+        return per_shard(on_a_shard, in_axes, out_axes)(params, x, assignment, numbers, rng)
 
     def _leaves_out_empty_slots(self) -> bool:
         """Whether slots are to be rows: one CPU device has no all-to-all, and multiplies as many rows as there are."""

@@ -45,6 +45,9 @@ class MoEConfig:
       balance_scope: whether the load-balance loss wants each ``group`` balanced, or the ``batch`` as a whole.
       num_shared_experts: experts beside the routed ones that every token passes (DeepSeekMoE, Dai et al. 2024).
       expert_dropout_rate: dropout inside the experts, in place of ``dropout_rate`` (table 4).
+      exchange: how slots reach the devices of their experts and come back: by ``constraints`` on arrays, of which
+        the compiler makes all-to-alls, or by an explicit ``all_to_all`` of each device, which adds a token's parts
+        before it sums them over the model axis. The numbers are the same but for rounding.
       dispatch: ``gather``; ``einsum``, the reference; ``auto``, the fastest that computes what
         ``gather`` does; or ``dropless``, which has no capacity and drops nothing.
     """
@@ -64,6 +67,7 @@ class MoEConfig:
     balance_scope: BalanceScope = "group"
     num_shared_experts: int = 0
     expert_dropout_rate: float = 0.0
+    exchange: Literal["constraints", "all_to_all"] = "constraints"
     dispatch: DispatchMethod = "gather"
 
     def __post_init__(self) -> None:
@@ -122,11 +126,18 @@ class MoEConfig:
     def _check_dropless(self) -> None:
         if self.expert_capacity is not None:
             raise ConfigError("MoEConfig.expert_capacity", "has no effect on 'dropless', which has no capacity.")
+        if self.exchange != "constraints":
+            raise ConfigError("MoEConfig.exchange", "has no effect on 'dropless', which exchanges no slots.")
         if self.router.needs_capacity:
             raise ConfigError(
                 "MoEConfig.dispatch",
                 f"'dropless' has no capacity, which {self.router.needs_capacity} is about; give 'gather'.",
             )
+
+    @property
+    def exchanges_by_itself(self) -> bool:
+        """Whether each device sends and sums what is the experts' by itself, rather than as the compiler sees fit."""
+        return self.dispatch == "dropless" or self.exchange == "all_to_all"
 
     def capacity(self, tokens: int, train: bool) -> int:
         """Slots of an expert for a group of so many tokens."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
@@ -82,9 +84,32 @@ def make_mesh(
             "MeshConfig.num_expert_partitions",
             f"{product}, which do not divide {wanted} devices; the nearest product that does is {usable}.",
         )
-    shape = (wanted // partitions, *parts)
+    return Mesh(_arranged(devices, (wanted // partitions, *parts)), MESH_AXES)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, int, int, int]) -> np.ndarray:
+    """The devices in the mesh's shape, neighbours by their links; slices that a network joins are apart along data.
+
+    Raises:
+      ConfigError: the slices are more than the data axis can hold.
+    """
+    # Of GPUs each host calls itself a slice, and experts may well be spread over hosts.
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
     # On a torus an axis may be a part of a physical one: 4 x 32 x 2 on 16 x 16.
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *parts = shape
+    if data % slices:
+        partitions = math.prod(parts)
+        raise ConfigError(
+            "MeshConfig.num_expert_partitions",
+            f"x num_model_partitions x num_fsdp_partitions is {partitions} partitions, which leave {data} along data; "
+            f"that must be a multiple of the {slices} slices, between which gradients alone are sent: lower their "
+            f"product to {math.gcd(len(devices) // slices, partitions)}.",
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *parts), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -177,8 +177,8 @@ def gathers_parameters() -> bool:
 def per_shard(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
     """``function``, run by each device on its shards of the arguments.
 
-    In it :func:`constrain` does nothing, and :func:`gather_shards`, :func:`sum_shards` and :func:`shard_index` are how
-    devices meet. On one device, or outside :func:`partitioned`, they are identities and it is ``function`` itself.
+    In it :func:`constrain` does nothing, and :func:`gather_shards`, :func:`exchange_shards`, :func:`sum_shards` and
+    :func:`shard_index` are how devices meet. On one device, or outside :func:`partitioned`, they are identities and it is ``function`` itself.
 
     Args:
       function: of arrays, or trees of them.
@@ -213,12 +213,43 @@ def gather_shards(x: Array, axis: str) -> Array:
     return jax.lax.all_gather(x, names, tiled=True) if names else x
 
 
-def sum_shards(x: Array, *, scatter: str, over: str) -> Array:
-    """Inside :func:`per_shard`: the sum of all devices' ``x`` along two axes, of which ``scatter`` deals out parts."""
-    if names := _mesh_axes(scatter):
+def exchange_shards(x: Array, axis: str, *, split: int, join: int) -> Array:
+    """Inside :func:`per_shard`: an all-to-all along a logical axis.
+
+    Each device cuts the dim ``split`` of its ``x`` into a part for every device, and joins what it is sent along the
+    dim ``join``, in the devices' order.
+    """
+    names = _mesh_axes(axis)
+    return jax.lax.all_to_all(x, names, split_axis=split, concat_axis=join, tiled=True) if names else x
+
+
+def sum_shards(x: Array, *, over: str, scatter: str | None = None) -> Array:
+    """Inside :func:`per_shard`: the sum of all devices' ``x``, along ``scatter`` with a part for each, and ``over`` whole.
+
+    The shard's result must be this sum, or what every device along ``over`` makes of it alike.
+    """
+    if scatter is not None and (names := _mesh_axes(scatter)):
         x = jax.lax.psum_scatter(x, names, tiled=True)
     names = _mesh_axes(over)
-    return jax.lax.psum(x, names) if names else x
+    return _summed(x, names) if names else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _summed(x: Array, names: tuple[str, ...]) -> Array:
+    """A sum whose derivative sends nothing: of a result that all have, each already holds its part of the gradient."""
+    return jax.lax.psum(x, names)
+
+
+def _summed_forward(x: Array, names: tuple[str, ...]) -> tuple[Array, None]:
+    return _summed(x, names), None
+
+
+def _summed_backward(names: tuple[str, ...], residual: None, gradient: Array) -> tuple[Array]:
+    # A shard is handed the gradient over the devices that share its result, so that their sum would be the whole.
+    return (gradient * jax.lax.axis_size(names),)
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def shard_index(axis: str) -> Array | int:

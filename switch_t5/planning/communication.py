@@ -190,10 +190,14 @@ def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool)
         branches = min(terms, len(workload.config.mlp_activations))
         yield summed("feed-forward", (forward + branches) * stream, 2 * stream)
     for layer in block.sparse_layers:
-        outward = layer.slots * layer.out * workload.itemsize * layer.sums_out
-        inward = min(terms, layer.products) * layer.slots * layer.into * workload.itemsize
-        least = stream * layer.moe.router.experts_per_token
-        yield summed("experts", again * outward + inward, least * (layer.sums_out + (layer.products > 0)))
+        choices, rows, products, weights = layer.moe.router.experts_per_token, layer.slots, terms, 0.0
+        if layer.moe.exchanges_by_itself:
+            # A device adds a token's parts, and the gradients of its products, before they are summed.
+            rows, products, weights = block.tokens, 1, block.tokens * choices * FLOAT32
+        outward = rows * layer.out * workload.itemsize * layer.sums_out
+        inward = min(products, layer.products) * rows * layer.into * workload.itemsize + weights
+        least = stream * choices * (layer.sums_out + (layer.products > 0))
+        yield summed("experts", again * outward + inward, least)
 
 
 def _vocabulary_sums(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:

@@ -46,9 +46,9 @@ MESHES = [
 ]
 
 
-def check(mesh: MeshShape, kinds: dict[str, set[str]]) -> None:
+def check(mesh: MeshShape, kinds: dict[str, set[str]], *bindings: str) -> None:
     """Compiles a step, and compares what it sends with the plan."""
-    spec = RunSpec.read(Configuration.load([str(TINY)], SIZES))
+    spec = RunSpec.read(Configuration.load([str(TINY)], (*SIZES, *bindings)))
     workload, _ = workload_of(spec)
     text = Run(spec_on(spec, workload, mesh)).compile_train_step().as_text()
     assert text is not None
@@ -78,3 +78,10 @@ def check(mesh: MeshShape, kinds: dict[str, set[str]]) -> None:
 @pytest.mark.parametrize(("mesh", "kinds"), MESHES)
 def test_a_step_sends_what_theory_says_and_nothing_else(mesh: MeshShape, kinds: dict[str, set[str]]) -> None:
     check(mesh, kinds)
+
+
+@pytest.mark.slow
+def test_an_explicit_all_to_all_sends_slots_alike_and_sums_tokens_alone() -> None:
+    mesh, kinds = MeshShape(2, 2, 2), {"data": {"all-reduce"}, "data+expert": {"all-reduce"}}
+    kinds |= {"expert": {"all-to-all"}, "model": {"all-reduce"}}
+    check(mesh, kinds, "MoEConfig.exchange='all_to_all'")

@@ -13,6 +13,7 @@ from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.cli.build import Run, RunSpec, batch_shapes
 from switch_t5.cli.configuration import Configuration
 from switch_t5.partitioning.mesh import MeshConfig
+from switch_t5.training.state import TrainState
 from tests.integration.conftest import TINY
 
 MESHES = {
@@ -24,14 +25,17 @@ MESHES = {
     "fsdp 8": MeshConfig(num_fsdp_partitions=8),
     "fsdp 2, expert 2, model 2": MeshConfig(num_fsdp_partitions=2, num_expert_partitions=2, num_model_partitions=2),
 }
-STEPS = 3
+EXPLICIT = ("data 2, expert 2, model 2", "fsdp 2, expert 2, model 2")
+STEPS = 10
+# Sums in another order differ in float32's last digits, and updates carry that on.
+RTOL = 2e-5
 
 
-def _run(mesh: MeshConfig) -> Run:
+def _run(mesh: MeshConfig, *more: str) -> Run:
     settings = ("MODEL_DIR=unused", "TEXTS=unused", "MoEConfig.num_experts=8", "TransformerConfig.dropout_rate=0")
     # Groups of two sequences, in encoder and decoder, and few slots: what is dropped depends on the grouping.
     settings += ("BATCH_SIZE=16", "MoEConfig.group_size=64", "MoEConfig.train_capacity_factor=1.0")
-    configuration = Configuration.load([str(TINY)], settings)
+    configuration = Configuration.load([str(TINY)], (*settings, *more))
     return Run(dataclasses.replace(RunSpec.read(configuration), mesh=mesh))
 
 
@@ -48,21 +52,33 @@ def _batch(run: Run, step: int) -> dict[str, np.ndarray]:
     return batch
 
 
+def _trained(run: Run, state: TrainState, start: int) -> tuple[TrainState, list[float]]:
+    """The state after as many more steps from one on, and their losses."""
+    step_fn, losses = run.compile_train_step(), []
+    for step in range(start, start + STEPS):
+        state, metrics = step_fn(state, run.place(_batch(run, step)))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
 @pytest.mark.multidevice
 @pytest.mark.slow
 @pytest.mark.parametrize("saved_by", ["data 2, expert 2, model 2", "fsdp 8"])
 def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_on_others(tmp_path: Path, saved_by: str) -> None:
     first = _run(MESHES[saved_by])
-    state, step_fn = first.init_state(), first.compile_train_step()
-    for step in range(STEPS):
-        state, _ = step_fn(state, first.place(_batch(first, step)))
+    state, before = _trained(first, first.init_state(), 0)
     saved = jax.tree.map(np.asarray, state)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(STEPS, state, {})
 
-    losses = {}
-    for name, mesh in MESHES.items():
-        run = _run(mesh)
+    alone = _run(MESHES["one device"])
+    state, expected = _trained(alone, alone.init_state(), 0)
+    np.testing.assert_allclose(before, expected, rtol=RTOL)
+    losses = {"one device, never stopped": _trained(alone, state, STEPS)[1]}
+    runs = {name: _run(mesh) for name, mesh in MESHES.items()}
+    runs |= {f"{name}, explicit": _run(MESHES[name], "MoEConfig.exchange='all_to_all'") for name in EXPLICIT}
+    for name, run in runs.items():
+        mesh = run.spec.mesh
         with Checkpointer(tmp_path, read_only=True) as checkpointer:
             state = checkpointer.restore(run.abstract_state).state
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), saved)
@@ -72,11 +88,6 @@ def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_on_others(tmp_pat
             16 // mesh.num_fsdp_partitions,
             32 // mesh.num_model_partitions,
         )
-        step_fn = run.compile_train_step()
-        losses[name] = []
-        for step in range(STEPS, 2 * STEPS):
-            state, metrics = step_fn(state, run.place(_batch(run, step)))
-            losses[name].append(float(metrics["loss"]))
+        losses[name] = _trained(run, state, STEPS)[1]
     for name, values in losses.items():
-        # Sums in another order differ in float32's last digits, and a few updates carry that on.
-        np.testing.assert_allclose(values, losses["one device"], rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(values, losses["one device"], rtol=RTOL, err_msg=name)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
+import numpy as np
 import pytest
 
 from switch_t5.errors import ConfigError
+from switch_t5.partitioning import mesh as mesh_module
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
 
 pytestmark = pytest.mark.multidevice
@@ -72,3 +77,39 @@ def test_partitions_are_at_least_one(field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         MeshConfig(**{field: 0})
     assert str(caught.value) == f"MeshConfig.{field} must be at least 1, got 0."
+
+
+def two_slices(monkeypatch: pytest.MonkeyPatch, platform: str, **partitions: int) -> np.ndarray:
+    """The slice of each device of a mesh over two slices of four, ``[data, fsdp, expert, model]``."""
+    devices: list[Any] = [
+        SimpleNamespace(
+            id=4 * slice_index + number,
+            process_index=0,
+            platform=platform,
+            device_kind={"tpu": "TPU v4", "gpu": "H100"}[platform],
+            slice_index=slice_index,
+            coords=(number % 2, number // 2, 0),
+            core_on_chip=0,
+        )
+        for number in range(4)
+        for slice_index in range(2)
+    ]
+    monkeypatch.setattr(mesh_module, "Mesh", lambda devices, axes: devices)
+    found: Any = make_mesh(MeshConfig(**partitions), devices)
+    return np.vectorize(lambda device: device.slice_index)(found)
+
+
+def test_slices_are_apart_along_data_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = two_slices(monkeypatch, "tpu", num_expert_partitions=2, num_model_partitions=2)
+    assert slices.shape == (2, 1, 2, 2)
+    assert (slices == np.array([0, 1]).reshape(2, 1, 1, 1)).all()
+    slices = two_slices(monkeypatch, "tpu", num_expert_partitions=2)
+    assert slices[:, 0, 0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_experts_are_not_spread_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = "which leave 1 along data; that must be a multiple of the 2 slices, .* lower their product to 4"
+    with pytest.raises(ConfigError, match=expected):
+        two_slices(monkeypatch, "tpu", num_expert_partitions=4, num_model_partitions=2)
+    # Hosts of GPUs, which are slices by name alone.
+    assert two_slices(monkeypatch, "gpu", num_expert_partitions=8).shape == (1, 1, 8, 1)

@@ -121,6 +121,33 @@ def test_without_capacity_a_mesh_trains_and_drops_out_as_one_device_does() -> No
     assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data 2, expert 2, model 2",
+        pytest.param("expert 8", marks=pytest.mark.slow),
+        pytest.param("fsdp 2, expert 2, model 2", marks=pytest.mark.slow),
+    ],
+)
+def test_an_explicit_all_to_all_trains_and_drops_out_as_one_device_does(name: str) -> None:
+    assert WITH_DROPOUT.moe is not None
+    config = dataclasses.replace(WITH_DROPOUT, moe=dataclasses.replace(WITH_DROPOUT.moe, exchange="all_to_all"))
+    assert_equal_within_rounding(run(MESHES[name], config), run(MeshConfig(num_devices=1), WITH_DROPOUT))
+
+
+@pytest.mark.slow
+def test_sparse_attention_with_an_explicit_all_to_all_trains_as_on_one_device() -> None:
+    moe = MoEConfig(8, group_size=6, train_capacity_factor=1.0, min_expert_capacity=1, exchange="all_to_all")
+    config = dataclasses.replace(
+        CONFIG,
+        attention_moe=moe,
+        attention_sparse_projections=("query", "key", "value", "out"),
+        encoder_sparse_attention=1,
+    )
+    reference = run(MeshConfig(num_devices=1), config)
+    assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
+
+
 @pytest.mark.slow
 def test_dropout_draws_the_same_on_every_mesh() -> None:
     reference = run(MeshConfig(num_devices=1), WITH_DROPOUT)

@@ -114,6 +114,16 @@ def test_without_capacity_tokens_are_gathered_and_sums_dealt_out():
     assert sent == dict.fromkeys(("all-gather", "reduce-scatter"), 2 * 3 * tokens * 16 * 4)
 
 
+def test_an_explicit_all_to_all_sums_tokens_and_their_weights_over_the_model_axis():
+    moe = MoEConfig(4, group_size=32, exchange="all_to_all")
+    found = by_purpose(MeshShape(2, 2, 2), moe=moe)
+    # Of one sparse layer a stack the output, the gradient of its input, and that of a weight a token.
+    row = (16 + 16 + 1) * 4
+    assert found["experts"].sent == ring_bytes("all-reduce", 2, BATCH // 4 * (INPUTS + TARGETS) * row)
+    by_constraints = by_purpose(MeshShape(2, 2, 2))
+    assert found["tokens to experts and back"] == by_constraints["tokens to experts and back"]
+
+
 def test_sparse_projections_send_what_they_take_and_give():
     moe = MoEConfig(4, group_size=32)
     changes = {"attention_moe": moe, "encoder_sparse_attention": 1, "decoder_sparse_attention": 1}
