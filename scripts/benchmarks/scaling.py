@@ -1,7 +1,7 @@
-"""Compiles a training step for ever more virtual devices, with as much work for each, and counts what each holds and sends.
+"""Compiles a training step for ever more virtual devices, each with as much work, and counts what it holds and sends.
 
     python scripts/benchmarks/scaling.py --json=scaling.json
-    python scripts/benchmarks/scaling.py --axes=expert,fsdp --devices=1,8,64 --gin.TransformerConfig.num_encoder_layers=12
+    python scripts/benchmarks/scaling.py --axes=expert,fsdp --devices=1,8,64 --gin.TransformerConfig.mlp_dim=1024
 
 Nothing is run: XLA compiles for ``--devices`` virtual CPU devices, each row in a process of its own, and its memory
 analysis and HLO stand beside the plan's numbers. A device has one routing group of 4096 tokens and, along ``expert``,

@@ -197,9 +197,7 @@ class SparseLayer(nnx.Module):
         graph, params = nnx.split(self.experts)
         method = dispatcher(self.config.dispatch)
 
-        def on_a_shard(
-            params: nnx.State, x: Array, assignment: Assignment, numbers: Array, rng: Array | None
-        ) -> Array:
+        def on_a_shard(params: nnx.State, x: Array, assignment: Assignment, numbers: Array, rng: Array | None) -> Array:
             dispatched = exchange_shards(method.dispatch(x, assignment), "expert", split=1, join=0)
             groups, experts, capacity, emb_dim = dispatched.shape
             outputs = nnx.merge(graph, params)(

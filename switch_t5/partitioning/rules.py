@@ -178,7 +178,8 @@ def per_shard(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Call
     """``function``, run by each device on its shards of the arguments.
 
     In it :func:`constrain` does nothing, and :func:`gather_shards`, :func:`exchange_shards`, :func:`sum_shards` and
-    :func:`shard_index` are how devices meet. On one device, or outside :func:`partitioned`, they are identities and it is ``function`` itself.
+    :func:`shard_index` are how devices meet. On one device, or outside :func:`partitioned`, they are identities and it
+    is ``function`` itself.
 
     Args:
       function: of arrays, or trees of them.
@@ -224,7 +225,7 @@ def exchange_shards(x: Array, axis: str, *, split: int, join: int) -> Array:
 
 
 def sum_shards(x: Array, *, over: str, scatter: str | None = None) -> Array:
-    """Inside :func:`per_shard`: the sum of all devices' ``x``, along ``scatter`` with a part for each, and ``over`` whole.
+    """Inside :func:`per_shard`: the sum of all devices' ``x``, whole ``over`` an axis, a part each along ``scatter``.
 
     The shard's result must be this sum, or what every device along ``over`` makes of it alike.
     """

@@ -113,7 +113,7 @@ def test_both_stacks_have_one_group_size() -> None:
         ({"num_rounds": 3}, "num_rounds has no effect on the router 'top_k'; it is for no_token_left_behind"),
         (
             {"router": "gshard_top_2", "sinkhorn_iterations": 4},
-            "sinkhorn_iterations has no effect on the router 'gshard_top_2'; it is for sinkhorn: leave it at 8, or set ",
+            "sinkhorn_iterations has no effect on the router 'gshard_top_2'; it is for sinkhorn: leave it at 8, or",
         ),
         (
             {"bias_update_rate": 0.0},
