@@ -107,17 +107,23 @@ LAYERS: dict[str, Layer] = {
     ),
     "sampled": Layer(
         exploration="sample",
+        in_bfloat16=False,
         drawn=lambda logits, mask, capacity, draws: oracle.top_k(logits, mask, capacity, k=2, gumbel=draws.gumbel),
     ),
     "jitter": Layer(
-        jitter_noise=0.25, drawn=lambda logits, mask, capacity, draws: oracle.top_k(logits, mask, capacity, k=2)
+        jitter_noise=0.25,
+        in_bfloat16=False,
+        drawn=lambda logits, mask, capacity, draws: oracle.top_k(logits, mask, capacity, k=2),
     ),
     "second choice drawn": Layer(
         router="gshard_top_2",
+        in_bfloat16=False,
         drawn=lambda logits, mask, capacity, draws: oracle.gshard_top_2(logits, mask, capacity, uniform=draws.uniform),
     ),
     "experts drawn": Layer(
-        router="random", drawn=lambda logits, mask, capacity, draws: oracle.given(draws.expert, mask, capacity)
+        router="random",
+        in_bfloat16=False,
+        drawn=lambda logits, mask, capacity, draws: oracle.given(draws.expert, mask, capacity),
     ),
     "padding counted": Layer(padding="counted", router="switch"),
     "padding routed": Layer(padding="routed"),
