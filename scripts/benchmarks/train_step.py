@@ -95,8 +95,6 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from switch_t5.layers.moe_config import MoEConfig
-    from switch_t5.model.config import TransformerConfig
     from switch_t5.model.functional import Model
     from switch_t5.training.losses import LossConfig
     from switch_t5.training.optimizers import adafactor
@@ -104,20 +102,7 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
     from switch_t5.training.state import TrainState
     from switch_t5.training.step import train_step
 
-    moe = experts and MoEConfig(
-        num_experts=experts, group_size=BATCH * ENCODER_LENGTH, train_capacity_factor=CAPACITY_FACTOR
-    )
-    config = TransformerConfig(
-        vocab_size=VOCAB,
-        emb_dim=EMB,
-        num_heads=HEADS,
-        head_dim=HEAD_DIM,
-        mlp_dim=MLP,
-        num_encoder_layers=LAYERS,
-        num_decoder_layers=LAYERS,
-        moe=moe or None,
-    )
-    model = Model(config)
+    model = Model(reference_config(experts))
     optimizer = adafactor(rsqrt_decay())(model.axes)
     params = jax.jit(model.init)(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
@@ -155,6 +140,26 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def reference_config(experts: int) -> Any:
+    """The model that the benchmarks of whole models share, dense or with every other block sparse."""
+    from switch_t5.layers.moe_config import MoEConfig
+    from switch_t5.model.config import TransformerConfig
+
+    moe = experts and MoEConfig(
+        num_experts=experts, group_size=BATCH * ENCODER_LENGTH, train_capacity_factor=CAPACITY_FACTOR
+    )
+    return TransformerConfig(
+        vocab_size=VOCAB,
+        emb_dim=EMB,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        mlp_dim=MLP,
+        num_encoder_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        moe=moe or None,
+    )
+
+
 def _batch(random: Any) -> dict[str, Any]:
     import numpy as np
 
@@ -167,43 +172,58 @@ def _batch(random: Any) -> dict[str, Any]:
     }
 
 
-def matrix_products(experts: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Every matrix multiplication of the forward pass: an einsum and the shapes of its two factors."""
+Product = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""An einsum and the shapes of its two factors."""
+
+
+def matrix_products(experts: int) -> list[Product]:
+    """Every matrix multiplication of the forward pass."""
     from switch_t5.routing.capacity import expert_capacity
 
-    heads = (BATCH, HEADS)
     products = []
-
-    def project(length: int) -> None:
-        products.append(("bld,dhk->bhlk", (BATCH, length, EMB), (EMB, HEADS, HEAD_DIM)))
-
-    def attention(queries: int, keys: int) -> None:
-        project(queries)
-        project(keys)
-        project(keys)
-        products.append(("bhqk,bhtk->bhqt", (*heads, queries, HEAD_DIM), (*heads, keys, HEAD_DIM)))
-        products.append(("bhqt,bhtk->bhqk", (*heads, queries, keys), (*heads, keys, HEAD_DIM)))
-        products.append(("bhqk,hkd->bqd", (*heads, queries, HEAD_DIM), (HEADS, HEAD_DIM, EMB)))
-
-    def feed_forward(length: int, sparse: bool) -> None:
-        if not sparse:
-            products.append(("bld,df->blf", (BATCH, length, EMB), (EMB, MLP)))
-            products.append(("blf,fd->bld", (BATCH, length, MLP), (MLP, EMB)))
-            return
-        capacity = expert_capacity(BATCH * length, experts, CAPACITY_FACTOR)
-        products.append(("bld,de->ble", (BATCH, length, EMB), (EMB, experts)))
-        products.append(("ecd,edf->ecf", (experts, capacity, EMB), (experts, EMB, MLP)))
-        products.append(("ecf,efd->ecd", (experts, capacity, MLP), (experts, MLP, EMB)))
-
     for layer in range(LAYERS):
-        sparse = experts > 0 and layer % 2 == 1
-        attention(ENCODER_LENGTH, ENCODER_LENGTH)
-        feed_forward(ENCODER_LENGTH, sparse)
-        attention(DECODER_LENGTH, DECODER_LENGTH)
-        attention(DECODER_LENGTH, ENCODER_LENGTH)
-        feed_forward(DECODER_LENGTH, sparse)
+        for length in (ENCODER_LENGTH, DECODER_LENGTH):
+            rows = BATCH * length
+            products += attention_products(BATCH, length, length)
+            if length == DECODER_LENGTH:
+                products += attention_products(BATCH, DECODER_LENGTH, ENCODER_LENGTH)
+            slots = expert_capacity(rows, experts, CAPACITY_FACTOR) if is_sparse(layer, experts) else 0
+            products += feed_forward_products(BATCH, length, experts if slots else 0, slots)
     products.append(("bld,vd->blv", (BATCH, DECODER_LENGTH, EMB), (VOCAB, EMB)))
     return products
+
+
+def is_sparse(layer: int, experts: int) -> bool:
+    """Whether a block of the reference model has experts."""
+    return experts > 0 and layer % 2 == 1
+
+
+def attention_products(batch: int, queries: int, keys: int) -> list[Product]:
+    """Of one attention, its projections included."""
+    heads = (batch, HEADS)
+    project = lambda length: ("bld,dhk->bhlk", (batch, length, EMB), (EMB, HEADS, HEAD_DIM))  # noqa: E731
+    return [
+        project(queries),
+        project(keys),
+        project(keys),
+        ("bhqk,bhtk->bhqt", (*heads, queries, HEAD_DIM), (*heads, keys, HEAD_DIM)),
+        ("bhqt,bhtk->bhqk", (*heads, queries, keys), (*heads, keys, HEAD_DIM)),
+        ("bhqk,hkd->bqd", (*heads, queries, HEAD_DIM), (HEADS, HEAD_DIM, EMB)),
+    ]
+
+
+def feed_forward_products(batch: int, length: int, experts: int, slots: int) -> list[Product]:
+    """Of one feed-forward: dense, or with a router and ``slots`` rows of each of ``experts``."""
+    if not experts:
+        return [
+            ("bld,df->blf", (batch, length, EMB), (EMB, MLP)),
+            ("blf,fd->bld", (batch, length, MLP), (MLP, EMB)),
+        ]
+    return [
+        ("bld,de->ble", (batch, length, EMB), (EMB, experts)),
+        ("ecd,edf->ecf", (experts, slots, EMB), (experts, EMB, MLP)),
+        ("ecf,efd->ecd", (experts, slots, MLP), (experts, MLP, EMB)),
+    ]
 
 
 def _floor(experts: int) -> tuple[Any, Callable[[Any], Any]]:
@@ -239,9 +259,8 @@ def _floor(experts: int) -> tuple[Any, Callable[[Any], Any]]:
     return inputs, jax.jit(program).lower(inputs).compile()
 
 
-def measure_peer(experts: int, repeats: int) -> dict[str, Any]:
-    """One row of Hugging Face's T5 or Switch Transformers, with its own Adafactor."""
-    import numpy as np
+def peer_model(experts: int) -> Any:
+    """Hugging Face's model of the sizes of :func:`reference_config`."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -265,9 +284,17 @@ def measure_peer(experts: int, repeats: int) -> dict[str, Any]:
             num_sparse_decoder_layers=LAYERS // 2,
             expert_capacity=int(ENCODER_LENGTH * CAPACITY_FACTOR / experts),
         )
-        model = transformers.SwitchTransformersForConditionalGeneration(config)
-    else:
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+        return transformers.SwitchTransformersForConditionalGeneration(config)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
+def measure_peer(experts: int, repeats: int) -> dict[str, Any]:
+    """One row of Hugging Face's T5 or Switch Transformers, with its own Adafactor."""
+    import numpy as np
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    model = peer_model(experts)
     model.train()
     optimizer = transformers.Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=True)
     arrays = _batch(np.random.default_rng(0))
