@@ -175,9 +175,9 @@ def test_one_expert_with_room_for_all_is_plain_attention(sparse: tuple[Projectio
     x, real, positions = given()
     # The same dropout too; jitter only moves a probability that is 1.
     key = jax.random.key(3)
-    output, _ = apply(layer, x, real, positions, rate=0.5, rng=key)
+    output, _ = jitted(layer, x, real, positions, rate=0.5, rng=key)
     mask = mask_bias(real, real, causal=True)
-    expected = plain(x, x, mask, positions, dropout_rate=0.5, rng=key)
+    expected = nnx.jit(functools.partial(Attention.__call__, dropout_rate=0.5))(plain, x, x, mask, positions, rng=key)
     np.testing.assert_allclose(np.asarray(output)[real], np.asarray(expected)[real], rtol=1e-5, atol=1e-6)
 
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from switch_t5.errors import ConfigError
-from switch_t5.layers.moe import SwitchFeedForward
+from switch_t5.layers.moe import SwitchFeedForward, layer_keys
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.routing.choice import hashed
@@ -213,12 +213,23 @@ def test_an_evaluation_of_sinkhorn_chooses_by_the_logits() -> None:
     np.testing.assert_array_equal(found.assignment.expert[..., 0], jnp.argmax(values, axis=-1))
 
 
+@nnx.jit
+def evaluated(layer: SwitchFeedForward, x: Array, mask: Array, tokens: Array) -> Any:
+    return layer(x, mask, tokens=tokens, sequences=1, train=False, rng=None)
+
+
+@nnx.jit
+def trained(layer: SwitchFeedForward, x: Array, rng: Array | None) -> Any:
+    mask, ids = jnp.ones(x.shape[:2], bool), jnp.ones(x.shape[:2], jnp.int32)
+    return layer(x, mask, tokens=ids, sequences=1, train=True, rng=rng)
+
+
 def test_shared_experts_add_what_every_token_passes() -> None:
     moe = MoEConfig(4, group_size=8, num_shared_experts=2, router=RouterConfig())
     layer = SwitchFeedForward(moe, 4, 8, ("relu",), "t5x", rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)), jnp.float32)
     ids = jnp.ones((1, 8), jnp.int32)
-    nobody, _ = layer(x, jnp.zeros((1, 8), bool), tokens=ids, sequences=1, train=False, rng=None)
+    nobody, _ = evaluated(layer, x, jnp.zeros((1, 8), bool), ids)
     wi, wo = layer.shared_experts.wi[...], layer.shared_experts.wo[...]
     assert wi.shape == (4, 16)
     np.testing.assert_allclose(nobody, jax.nn.relu(x @ wi) @ wo, rtol=1e-5, atol=1e-6)
@@ -228,9 +239,18 @@ def test_dropout_of_the_routers_input_changes_choices_in_training_alone() -> Non
     moe = MoEConfig(8, group_size=32, jitter_noise=0.0, router_input_dropout_rate=0.5)
     layer = SwitchFeedForward(moe, 4, 8, ("relu",), "t5x", rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 4)), jnp.float32)
-    mask, ids = jnp.ones((1, 32), bool), jnp.ones((1, 32), jnp.int32)
-    still, drawn, other = (
-        layer(x, mask, tokens=ids, sequences=1, train=True, rng=rng)[1].router_z_loss
-        for rng in (None, jax.random.key(0), jax.random.key(1))
-    )
-    assert len({float(still), float(drawn), float(other)}) == 3
+    still, drawn, other = (trained(layer, x, rng) for rng in (None, jax.random.key(0), jax.random.key(1)))
+    losses = {float(stats.router_z_loss) for _, stats in (still, drawn, other)}
+    assert len(losses) == 3
+    # What is kept is doubled: the logits of half of the features, twice.
+    keep = jax.random.bernoulli(jax.random.fold_in(layer_keys(jax.random.key(0)).input, 1), 0.5, x.shape)
+    logits = jnp.where(keep, 2 * x, 0) @ layer.router[...]
+    np.testing.assert_allclose(drawn[1].router_z_loss, jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2), rtol=1e-5)
+    # Experts see the input as it is.
+    chosen = jax.nn.softmax(logits).max(axis=-1)
+    hidden = jax.nn.relu(jnp.einsum("gsd,edf->gsef", x, layer.experts.wi[...]))
+    outputs = jnp.einsum("gsef,efd->gsed", hidden, layer.experts.wo[...])
+    expected = chosen[..., None] * jnp.take_along_axis(outputs, jnp.argmax(logits, -1)[..., None, None], 2)[:, :, 0]
+    served = np.any(np.asarray(drawn[0]) != 0, axis=-1)
+    assert served.sum() > 16
+    np.testing.assert_allclose(np.asarray(drawn[0])[served], np.asarray(expected)[served], rtol=1e-4, atol=1e-5)
