@@ -134,7 +134,7 @@ ROUTERS: dict[str, Router] = {
         evaluation_routes=lambda logits, mask, tokens, capacity, bias: oracle.top_k(logits, mask, capacity),
     ),
     "sigmoid_top_k": sigmoid_top_k(weight_scale=1.5),
-    "sigmoid_limited": sigmoid_top_k(num_expert_groups=4, num_limited_groups=2),
+    "sigmoid_limited": sigmoid_top_k(num_expert_groups=4, num_limited_groups=1),
     "expert_choice": Router(
         RouterConfig(router="expert_choice"),
         lambda logits, mask, tokens, capacity, bias: oracle.expert_choice(logits, mask, capacity),
