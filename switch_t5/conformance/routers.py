@@ -124,8 +124,8 @@ ROUTERS: dict[str, Router] = {
     "batch_prioritized": top_k(2, batch_prioritized=True),
     "gshard_top_2": gshard_top_2(lambda mask: np.zeros(mask.shape)),
     "no_token_left_behind": Router(
-        RouterConfig(router="no_token_left_behind", num_rounds=3),
-        lambda logits, mask, tokens, capacity, bias: oracle.no_token_left_behind(logits, mask, capacity, rounds=3),
+        RouterConfig(router="no_token_left_behind"),
+        lambda logits, mask, tokens, capacity, bias: oracle.no_token_left_behind(logits, mask, capacity, rounds=2),
         first_choice_only=True,
     ),
     "sinkhorn": Router(

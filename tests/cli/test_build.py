@@ -54,7 +54,8 @@ def test_expert_partitions_have_to_divide_the_experts_of_attention() -> None:
 
 
 def test_experts_of_a_stack_without_sparse_layers_need_not_divide() -> None:
-    check(*DECODER, "TransformerConfig.decoder_sparse_layers='none'")
+    decoder = ("TransformerConfig.decoder_moe=@decoder/MoEConfig()", "decoder/MoEConfig.num_experts=8")
+    check(*decoder, "MoEConfig.num_experts=6", "TransformerConfig.encoder_sparse_layers='none'")
 
 
 def test_a_group_that_does_not_divide_a_devices_share_of_a_microbatch_is_refused_with_one_that_does() -> None:

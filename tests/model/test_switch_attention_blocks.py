@@ -105,7 +105,7 @@ def test_the_bias_of_each_router_moves_against_its_own_load(scan_layers: bool) -
     for attention, rate in ((faster, 2.0), (MOE, None)):
         config = dataclasses.replace(CONFIG, moe=biased, attention_moe=attention, scan_layers=scan_layers)
         params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), Model(config).abstract_params)
-        blocks = update_router_biases(params, {"encoder": stats}, config)["encoder"]["stack"]["blocks"]
+        blocks = update_router_biases(params, params, {"encoder": stats}, config)["encoder"]["stack"]["blocks"]
         rows = []
         for repeat in range(2):
             block = blocks["layers_1" if scan_layers else f"layers_{2 * repeat + 1}"]
@@ -150,7 +150,8 @@ def test_parameters_have_axes_that_the_rules_map() -> None:
 
 
 def test_a_dense_models_parameters_are_what_they_were() -> None:
-    config = changed(attention_moe=None, encoder_sparse_attention="none", decoder_sparse_attention="none")
+    dense = {"encoder_sparse_attention": "none", "decoder_sparse_attention": "none"}
+    config = changed(attention_moe=None, attention_sparse_projections=("query", "key", "value"), **dense)
     blocks = Model(config).abstract_params["encoder"]["stack"]["blocks"]
     assert all(set(block["self_attention"]) == {"query", "key", "value", "out"} for block in blocks.values())
     assert blocks["layers_1"]["self_attention"]["query"].shape == (8, 2, 4)
