@@ -93,8 +93,10 @@ def _arranged(devices: Sequence[Any], shape: tuple[int, int, int, int]) -> np.nd
     Raises:
       ConfigError: the slices are more than the data axis can hold.
     """
-    # Of GPUs each host calls itself a slice, and experts may well be spread over hosts.
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # Descriptions of one slice have no such number. Of GPUs each host calls itself a slice, and experts may well be
+    # spread over hosts.
+    indices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = len(indices) if devices[0].platform == "tpu" else 1
     # On a torus an axis may be a part of a physical one: 4 x 32 x 2 on 16 x 16.
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
