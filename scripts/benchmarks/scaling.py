@@ -43,7 +43,8 @@ def main() -> int:
     if wrong := [flag for flag in bindings if not flag.startswith("--gin.")]:
         parser.error(f"does not know {wrong[0]}.")
     if args.row is not None:
-        print(json.dumps(measure(*json.loads(args.row), [flag.removeprefix("--gin.") for flag in bindings])))
+        axis, devices = json.loads(args.row)
+        print(json.dumps(measure(axis, devices, [flag.removeprefix("--gin.") for flag in bindings])))
         return 0
     if args.quick:
         args.axes, args.devices = "expert", "1,4"

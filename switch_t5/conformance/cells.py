@@ -224,14 +224,14 @@ def draws() -> Draws:
     """What :data:`KEY` draws, by the functions that draw it in a layer."""
     keys, tokens = layer_keys(KEY), (BATCH, LENGTH)
     assert keys.choice is not None and keys.input is not None
-    drawn = Draws(
-        normal=jax.random.normal(keys.choice, (*tokens, EXPERTS)),
-        gumbel=jax.random.gumbel(keys.choice, (*tokens, EXPERTS)),
-        uniform=jax.random.uniform(keys.choice, tokens),
-        expert=jax.random.randint(keys.choice, tokens, 0, EXPERTS),
-        jitter=jax.random.uniform(keys.input, (*tokens, FEATURES), minval=-1.0, maxval=1.0),
-    )
-    return Draws(**{field: np.asarray(value, np.float64) for field, value in vars(drawn).items()})
+    drawn = {
+        "normal": jax.random.normal(keys.choice, (*tokens, EXPERTS)),
+        "gumbel": jax.random.gumbel(keys.choice, (*tokens, EXPERTS)),
+        "uniform": jax.random.uniform(keys.choice, tokens),
+        "expert": jax.random.randint(keys.choice, tokens, 0, EXPERTS),
+        "jitter": jax.random.uniform(keys.input, (*tokens, FEATURES), minval=-1.0, maxval=1.0),
+    }
+    return Draws(**{name: np.asarray(values, np.float64) for name, values in drawn.items()})
 
 
 def actual_values(cell: Cell, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ def test_a_step_moves_the_bias_by_its_rate_alone() -> None:
             load = np.asarray(metrics["router"][stack].expert_load)
             expected[stack] = expected[stack] + 0.5 * np.sign(load.mean(-1, keepdims=True) - load)
             np.testing.assert_array_equal(np.stack(biases(state.params, stack)), expected[stack])
-    assert np.isfinite(float(metrics["loss"]))
+        assert np.isfinite(float(metrics["loss"]))
 
 
 def test_a_rate_of_zero_has_no_bias() -> None:
