@@ -8,6 +8,7 @@ only when everything is in it, so that a folder named by a step is always whole.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.checkpoint.writer_lock import WriterLock
 from switch_t5.errors import ConfigError, UserError, closest
-from switch_t5.storage import storage_errors, writable_directory
+from switch_t5.storage import FAILING, storage_errors, writable_directory
 
 # Orbax takes most of a second to import; a run meets it with its first checkpoint.
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 DIRECTORY = "checkpoints"
 
-# How tensorstore begins an error about a file that is damaged or gone.
-_DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE)\b")
+# How tensorstore begins an error about a file that is damaged or gone, or that the disk cannot read.
+_DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNKNOWN|INTERNAL)\b")
+_UNREADABLE = (errno.ENOENT, *FAILING)
 
 
 class Restored(NamedTuple):
@@ -126,21 +128,28 @@ class Checkpointer:
           Whether a save was started; False where this step is saved already.
 
         Raises:
-          UserError: more saves in a row than ``tolerated_failures`` have met a full disk or one that cannot be
-            written; fewer are told on standard error.
+          UserError: more saves in a row than ``tolerated_failures`` have failed by the disk, which is full, cannot be
+            written or does not keep what it is given; fewer are told on standard error.
           ConfigError: ``keep_best`` names none of the metrics.
         """
-        try:
+        with self._tolerated():
             self._finish_save()
+        with self._tolerated():
             return self._start_save(step, state, data_state, metrics)
+        return False
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Counts a failed save and goes on, unless there were too many; any other error passes."""
+        try:
+            yield
         except ConfigError:
             raise
-        except Exception as error:
+        except UserError as error:
             self._failures.append(error)
             if len(self._failures) > self._config.tolerated_failures:
                 raise
             print(f"{error} It is tried again at the next checkpoint.", file=sys.stderr, flush=True)
-            return False
 
     def _start_save(
         self, step: int, state: Any, data_state: Mapping[str, bytes], metrics: Mapping[str, float] | None
@@ -148,7 +157,7 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         from switch_t5.checkpoint.data_positions import DataPositionsSave
-        from switch_t5.checkpoint.manifest import ManifestSave
+        from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
 
         if step in self._manager.all_steps():
             return False
@@ -162,7 +171,7 @@ class Checkpointer:
         self._saving = step
         with self._save_errors():
             values = {name: float(value) for name, value in (metrics or {}).items()}
-            self._manager.save(step, args=items, metrics=values, force=True)
+            self._manager.save(step, args=items, metrics=values, custom_metadata=PROMISE, force=True)
         for best in self._config.best_metrics:
             if metrics is not None and best not in metrics:
                 raise ConfigError(
@@ -403,22 +412,28 @@ class Checkpointer:
             if latest is None
             else f"the checkpoint of step {latest} is whole, and the same command goes on from it"
         )
+        doing = f"Saving the checkpoint of step {self._saving} in {self._directory}"
         try:
-            with storage_errors(f"Saving the checkpoint of step {self._saving} in {self._directory}", consequence):
+            with storage_errors(doing, consequence):
                 yield
-        except Exception:
+        except Exception as error:
             if jax.process_index() == 0:
                 for path in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(path, ignore_errors=True)
             self._saving = None
+            if isinstance(error, CheckpointDamaged):
+                raise UserError(
+                    f"{doing} failed ({str(error).rstrip('.')}): see to that disk; {consequence}."
+                ) from error
             raise
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, KeyError, FileNotFoundError, CheckpointDamaged) as error:
-            known = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError | CheckpointDamaged)
+        except (ValueError, KeyError, OSError, CheckpointDamaged) as error:
+            known = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | CheckpointDamaged)
+            known = known or getattr(error, "errno", None) in _UNREADABLE or isinstance(error, FileNotFoundError)
             if not known and not _DAMAGED.match(str(error)):
                 raise
             before = [other for other in self.steps() if other < step]

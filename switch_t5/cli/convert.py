@@ -45,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is not None and (args.format != HUGGING_FACE or not tokenizer.is_file()):
         raise UserError(f"--tokenizer={tokenizer} must be a file, and belongs to --format=huggingface alone.")
     source = read_checkpoint(args.source)
-    _check_source(source)
     target = plan(source, args.to, args.format, dtype=args.dtype, scanned=args.scanned)
     certificate = write(source, target, tokenizer=tokenizer)
     if args.verify:
@@ -73,15 +72,6 @@ def _within(found: dict[str, Any]) -> bool:
     return found["worst_relative"] <= found["bound"]  # Not so for a NaN.
 
 
-def _check_source(source: Recognised) -> None:
-    from switch_t5.checkpoint.formats import NATIVE, open_checkpoint
-    from switch_t5.checkpoint.native_files import verify
-
-    checkpoint = source.reader.checkpoint
-    if checkpoint.format == NATIVE:
-        verify(open_checkpoint(checkpoint.path))
-
-
 def _rewrite(folder: Path, certificate: dict[str, Any]) -> None:
     from switch_t5.checkpoint.conversion import CERTIFICATE
 
@@ -95,6 +85,8 @@ def _summarise(certificate: dict[str, Any]) -> None:
         f"{certificate['parameters']:,} parameters in {len(certificate['arrays']):,} arrays"
         + (", with the optimizer's state" if certificate["to"]["optimizer"] else ""),
     ]
+    if certificate["left_out"]:
+        lines.append(f"left out: {certificate['left_out']}")
     if "verified" in certificate:
         verified = certificate["verified"]
         logits = verified["logits"]
