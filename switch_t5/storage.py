@@ -18,7 +18,7 @@ from switch_t5.errors import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-FAILING = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG, errno.ETIMEDOUT)
+FAILING = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG)
 """The system's numbers for a disk that is out of order, or out of reach."""
 
 # tensorstore raises ValueError with the system's error number only inside its text.

@@ -22,7 +22,7 @@ from jax import numpy as jnp
 from switch_t5.checkpoint import huggingface, native_layout, t5x
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.fingerprint import Running, as_text
-from switch_t5.checkpoint.formats import HUGGING_FACE, NATIVE, T5X
+from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import write_huggingface
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
@@ -91,8 +91,10 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
 def _check_distance(source: Recognised) -> None:
     """Refuses a run of ours with other position buckets than the released models': no array tells of them."""
     checkpoint = source.reader.checkpoint
+    if checkpoint.format != NATIVE:
+        return
     run = Path(checkpoint.path).parents[1] / "config.gin"
-    if checkpoint.format == NATIVE and run.is_file():
+    if run.is_file():
         found = re.search(r"^TransformerConfig\.relpos_max_distance = (\d+)", run.read_text(), re.MULTILINE)
         if found and int(found[1]) != huggingface.MAX_DISTANCE:
             raise UserError(
@@ -158,7 +160,7 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
 def _partial(path: Path) -> Iterator[Path]:
     """A new folder beside a path, locked while it is written; those that killed conversions left there are removed."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with _locked(stale) as alone:
+        with contextlib.suppress(OSError), _locked(stale) as alone:
             if alone:
                 shutil.rmtree(stale, ignore_errors=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from switch_t5.checkpoint import huggingface, native_layout, t5x
+from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import CONFIG, PICKLES, WEIGHTS, WEIGHTS_INDEX, open_huggingface
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 from switch_t5.checkpoint.native_files import checked, open_native
@@ -16,8 +17,6 @@ from switch_t5.checkpoint.recognition import Recognised, check_whole, recognise
 from switch_t5.checkpoint.stored_arrays import OpenCheckpoint
 from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, key_value_store, open_t5x
 from switch_t5.errors import UserError
-
-NATIVE, T5X, HUGGING_FACE = FORMATS = ("native", "t5x", "huggingface")
 
 
 def format_of(path: str) -> tuple[str, str]:

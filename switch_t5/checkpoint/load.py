@@ -10,7 +10,8 @@ import numpy as np
 
 from switch_t5.checkpoint import naming, native_layout
 from switch_t5.checkpoint.architecture import Architecture
-from switch_t5.checkpoint.formats import HUGGING_FACE, read_checkpoint
+from switch_t5.checkpoint.format_names import HUGGING_FACE
+from switch_t5.checkpoint.formats import read_checkpoint
 from switch_t5.checkpoint.huggingface import MAX_DISTANCE
 from switch_t5.checkpoint.param_map import Placed, convert
 from switch_t5.checkpoint.recognition import Recognised

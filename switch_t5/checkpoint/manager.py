@@ -8,7 +8,6 @@ only when everything is in it, so that a folder named by a step is always whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -37,7 +36,8 @@ DIRECTORY = "checkpoints"
 
 # How tensorstore begins an error about a file that is damaged or gone, or that the disk cannot read.
 _DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNKNOWN|INTERNAL)\b")
-_UNREADABLE = (errno.ENOENT, *FAILING)
+# How tensorstore begins any error of its own, such as "UNAVAILABLE: ...".
+_STATUS = re.compile(r"[A-Z_]{5,}: ")
 
 
 class Restored(NamedTuple):
@@ -140,12 +140,14 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:
-        """Counts a failed save and goes on, unless there were too many; any other error passes."""
+        """Counts a save that storage made fail and goes on, unless there were too many; any other error passes."""
         try:
             yield
         except ConfigError:
             raise
-        except UserError as error:
+        except (UserError, OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not _STATUS.match(str(error)):
+                raise
             self._failures.append(error)
             if len(self._failures) > self._config.tolerated_failures:
                 raise
@@ -432,9 +434,9 @@ class Checkpointer:
         try:
             yield
         except (ValueError, KeyError, OSError, CheckpointDamaged) as error:
-            known = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | CheckpointDamaged)
-            known = known or getattr(error, "errno", None) in _UNREADABLE or isinstance(error, FileNotFoundError)
-            if not known and not _DAMAGED.match(str(error)):
+            known = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError | CheckpointDamaged)
+            unreadable = getattr(error, "errno", None) in FAILING
+            if not known and not unreadable and not _DAMAGED.match(str(error)):
                 raise
             before = [other for other in self.steps() if other < step]
             instead = f" to use that of step {before[-1]}" if before else ""

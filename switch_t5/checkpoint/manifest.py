@@ -111,8 +111,8 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
 
 def _is_promised(checkpoint: Path) -> bool:
     try:
-        return json.loads((checkpoint / _METADATA).read_text())["custom_metadata"] != {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return bool(json.loads((checkpoint / _METADATA).read_text()).get("custom_metadata"))
+    except (OSError, ValueError, AttributeError, RecursionError):
         return True  # Nothing says that there was none.
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.architecture import Architecture
-from switch_t5.checkpoint.formats import NATIVE, read_checkpoint
+from switch_t5.checkpoint.format_names import NATIVE
+from switch_t5.checkpoint.formats import read_checkpoint
 from switch_t5.checkpoint.load import check_distance, gin_flags, native_places, placed_arrays
 from switch_t5.checkpoint.param_map import Placed, Reader, convert
 from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint, StoredArray

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       UserError: it is damaged, not whole, or none.
     """
-    from switch_t5.checkpoint.formats import NATIVE, open_checkpoint, recognised
+    from switch_t5.checkpoint.format_names import NATIVE
+    from switch_t5.checkpoint.formats import open_checkpoint, recognised
     from switch_t5.checkpoint.native_layout import has_unknown_optimizer
     from switch_t5.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The state of Adafactor in a checkpoint that T5X wrote, beside its own arrays, which are found by their numbers alone."""
+"""The state of Adafactor in a checkpoint of T5X, beside its own arrays, which are found by their numbers alone."""
 
 from __future__ import annotations
 
