@@ -423,6 +423,8 @@ class Checkpointer:
                 for path in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(path, ignore_errors=True)
             self._saving = None
+            if jax.process_count() == 1:  # Processes would have to do it together, and others may not have failed.
+                self._manager.reload()  # Orbax has forgotten those that it would have deleted.
             if isinstance(error, CheckpointDamaged):
                 raise UserError(
                     f"{doing} failed ({str(error).rstrip('.')}): see to that disk; {consequence}."

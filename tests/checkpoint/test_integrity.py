@@ -26,7 +26,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switch_t5.checkpoint import fingerprint
 from switch_t5.checkpoint.conversion import plan, write
-from switch_t5.checkpoint.data_positions import DataPositionsHandler
 from switch_t5.checkpoint.fingerprint import Running, as_text, begin, finish, of_numpy
 from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
 from switch_t5.checkpoint.load import load_params
@@ -220,7 +219,7 @@ def test_an_older_checkpoint_stays_where_the_disk_does_not_keep_the_newer(tmp_pa
 
     def and_lose(self: ManifestHandler, directory: Path) -> None:
         finalize(self, directory)  # pyright: ignore[reportArgumentType]
-        for file in (directory.parent).rglob("_METADATA"):
+        for file in Path(directory).parent.rglob("_METADATA"):
             halve(file)
 
     with Checkpointer(tmp_path, CheckpointConfig(keep=1)) as checkpointer:
@@ -240,27 +239,27 @@ def test_an_older_checkpoint_stays_where_the_disk_does_not_keep_the_newer(tmp_pa
 
 
 def test_a_save_that_fails_in_the_background_does_not_cost_the_next(tmp_path, monkeypatch, capsys):
-    save = DataPositionsHandler.save
+    finalize = ManifestHandler.finalize
 
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Checkpointer(tmp_path, CheckpointConfig(tolerated_failures=2)) as checkpointer:
-        monkeypatch.setattr(DataPositionsHandler, "save", fail)
+        monkeypatch.setattr(ManifestHandler, "finalize", fail)
         assert checkpointer.save(1, state(1), {})
         while not checkpointer._manager._finalize_thread.map(lambda thread: thread is not None and thread.exception):
             time.sleep(0.01)
-        monkeypatch.setattr(DataPositionsHandler, "save", save)
+        monkeypatch.setattr(ManifestHandler, "finalize", finalize)
         assert checkpointer.save(2, state(2), {"0_of_1": b"2"})
         assert "step 1 in" in (said := capsys.readouterr().err) and said.count("It is tried again") == 1
         checkpointer.wait()
         assert checkpointer.steps() == [2]
-        monkeypatch.setattr(DataPositionsHandler, "save", fail)
+        monkeypatch.setattr(ManifestHandler, "finalize", fail)
         for step in (3, 4, 5):  # Each fails in the background, and is told when the next begins.
             assert checkpointer.save(step, state(step), {})
         with pytest.raises(UserError, match=r"step 5 in .* failed \(No space left"):
             checkpointer.save(6, state(6), {})
-        monkeypatch.setattr(DataPositionsHandler, "save", save)
+        monkeypatch.setattr(ManifestHandler, "finalize", finalize)
         checkpointer._failures.clear()
 
 
