@@ -18,6 +18,8 @@ from switch_t5.errors import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+FAILING = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG)
+"""The system's numbers for a disk that is out of order, or out of reach."""
 
 # tensorstore raises ValueError with the system's error number only inside its text.
 _TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
@@ -45,14 +47,14 @@ def writable_directory(path: str | os.PathLike[str], name: str = "MODEL_DIR") ->
 
 @contextlib.contextmanager
 def storage_errors(doing: str, consequence: str = "") -> Iterator[None]:
-    """Turns a full or forbidden disk, met inside the block, into a UserError.
+    """Turns a full, forbidden or failing disk, met inside the block, into a UserError.
 
     Args:
       doing: what was under way, such as ``"Writing /runs/1/metrics.jsonl"``; it begins the sentence.
       consequence: what it means for the run; it ends the sentence.
 
     Raises:
-      UserError: the block ran out of room or lacked permission. Every other exception passes unchanged.
+      UserError: the block ran out of room, lacked permission or met a broken disk. Other exceptions pass unchanged.
     """
     try:
         yield
@@ -61,6 +63,7 @@ def storage_errors(doing: str, consequence: str = "") -> Iterator[None]:
         if number is None:
             raise
         remedy = "make room there" if number in _NO_ROOM else "name a folder that can be written"
+        remedy = "see to that disk" if number in FAILING else remedy
         end = f"; {consequence}" if consequence else ""
         raise UserError(f"{doing} failed ({os.strerror(number)}): {remedy}{end}.") from error
 
@@ -70,7 +73,7 @@ def _disk_error(error: BaseException | None) -> int | None:
     while error is not None:
         match = _TENSORSTORE_ERRNO.search(str(error))
         number = int(match.group(1)) if match else getattr(error, "errno", None)
-        if number in _NO_ROOM + _NO_PERMISSION:
+        if number in _NO_ROOM + _NO_PERMISSION + FAILING:
             return number
         error = error.__cause__ or error.__context__
     return None

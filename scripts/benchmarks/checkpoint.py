@@ -233,7 +233,8 @@ def measure_convert(folder: str, form: str) -> list[dict[str, Any]]:
     convert.add_arguments(parser)
     begin = time.perf_counter()
     with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
-        convert.run(parser.parse_args([f"--from={folder}", f"--to={to}", f"--format={form}", "--verify"]))
+        code = convert.run(parser.parse_args([f"--from={folder}", f"--to={to}", f"--format={form}", "--verify"]))
+    assert code == 0, f"the conversion to {form} is not what was converted"
     seconds = time.perf_counter() - begin
     shutil.rmtree(to)
     return [{"what": f"convert to {form}", "seconds": seconds, "host_bytes": peak_resident_bytes()}]

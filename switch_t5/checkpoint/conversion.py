@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import functools
+import fcntl
+import glob
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +22,17 @@ from jax import numpy as jnp
 from switch_t5.checkpoint import huggingface, native_layout, t5x
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.fingerprint import Running, as_text
-from switch_t5.checkpoint.formats import HUGGING_FACE, NATIVE, T5X
+from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import write_huggingface
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
-from switch_t5.checkpoint.stored_arrays import Index, StoredArray, writable_chunks
+from switch_t5.checkpoint.stored_arrays import Index, Produce, StoredArray, pieces
 from switch_t5.checkpoint.streamed_save import save_streamed
 from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors, writable_directory
 
 CERTIFICATE = "conversion.json"
-_PIECE = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,8 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
       UserError: the format has no place for the model, or the target exists.
     """
     architecture = source.architecture
+    if form != NATIVE:
+        _check_distance(source)
     layout, periods = _layout(architecture, form, scanned)
     moments = source.moments if form != HUGGING_FACE and source.moments else None
     places = layout.place(architecture, periods, moments)
@@ -72,11 +77,30 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
         huggingface.config_of(architecture, "float32")
     arrays = {name: _array(source, entry, dtype) for name, entry in places.items()}
     step = source.reader.checkpoint.step or 0
+    if "://" in to:
+        raise UserError(f"--to={to} must be a local or mounted folder.")
     folder = Path(to).absolute()  # As Orbax and tensorstore want it.
     path = {NATIVE: folder, T5X: folder / f"{FOLDER}{step}", HUGGING_FACE: folder}[form]
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise _occupied(path)
+    if os.path.ismount(path):
+        raise UserError(f"--to: {path} is where a disk is mounted, which no new folder can replace: name one below it.")
     return Target(path, form, places, arrays, moments is not None)
+
+
+def _check_distance(source: Recognised) -> None:
+    """Refuses a run of ours with other position buckets than the released models': no array tells of them."""
+    checkpoint = source.reader.checkpoint
+    if checkpoint.format != NATIVE:
+        return
+    run = Path(checkpoint.path).parents[1] / "config.gin"
+    if run.is_file():
+        found = re.search(r"^TransformerConfig\.relpos_max_distance = (\d+)", run.read_text(), re.MULTILINE)
+        if found and int(found[1]) != huggingface.MAX_DISTANCE:
+            raise UserError(
+                f"{run} has TransformerConfig.relpos_max_distance = {found[1]}, and models of the other formats are "
+                f"read with {huggingface.MAX_DISTANCE}: only --format=native keeps what it computes."
+            )
 
 
 def _occupied(path: Path) -> UserError:
@@ -125,16 +149,42 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
       UserError: the disk is full or cannot be written, or another conversion was there first; nothing is left.
     """
     writable_directory(target.path.parent, "--to")
-    partial = target.path.with_name(f".{target.path.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        with storage_errors(f"Writing {target.path}", "what stood there before is untouched"):
-            certificate = _fill(partial, source, target, tokenizer)
-            _put_in_place(partial, target.path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    untouched = storage_errors(f"Writing {target.path}", "what stood there before is untouched")
+    with _partial(target.path) as partial, untouched:
+        certificate = _fill(partial, source, target, tokenizer)
+        _put_in_place(partial, target.path)
     return certificate
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A new folder beside a path, locked while it is written; those that killed conversions left there are removed."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), _locked(stale) as alone:
+            if alone:
+                shutil.rmtree(stale, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        with _locked(partial):
+            yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder; whether that could be done."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:  # Another has it, or the file system knows no locks.
+        alone = False
+    try:
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def _fill(partial: Path, source: Recognised, target: Target, tokenizer: Path | None) -> dict[str, Any]:
@@ -170,9 +220,6 @@ def _put_in_place(partial: Path, path: Path) -> None:
         raise
 
 
-Produce = Callable[[Index | None], np.ndarray]
-
-
 def _recording(name: str, array: StoredArray, sums: dict[str, str]) -> tuple[StoredArray, Produce]:
     """An array whose fingerprint is kept as its parts are made, each once."""
     running = Running()
@@ -192,6 +239,7 @@ def _certificate(source: Recognised, target: Target, sums: Mapping[str, str]) ->
     return {
         "from": {"path": checkpoint.path, "format": checkpoint.format, "step": checkpoint.step},
         "to": {"path": str(target.path), "format": target.format, "optimizer": target.optimizer},
+        "left_out": _left_out(source, target),
         "architecture": json.loads(json.dumps(dataclasses.asdict(source.architecture))),
         "parameters": sum(int(np.prod(entry.shape)) for entry in target.places.values() if "@" not in entry.parameter),
         "arrays": {
@@ -199,6 +247,15 @@ def _certificate(source: Recognised, target: Target, sums: Mapping[str, str]) ->
             for name, array in target.arrays.items()
         },
     }
+
+
+def _left_out(source: Recognised, target: Target) -> str | None:
+    """What of the source is not in the target."""
+    if source.unknown_optimizer:
+        return "the optimizer's state, which is not Adafactor's"
+    if source.moments and not target.optimizer:
+        return "the optimizer's state, for which the format has no place"
+    return None
 
 
 def compare(source: Recognised, written: Recognised, dtype: str | None = None) -> dict[str, Any]:
@@ -237,15 +294,3 @@ def _worst(one: np.ndarray, other: np.ndarray) -> float:
         difference = np.abs(one - other)
     alike = (one == other) | (np.isnan(one) & np.isnan(other))
     return float(np.nan_to_num(np.where(alike, 0.0, difference), nan=np.inf).max(initial=0.0))
-
-
-@functools.cache
-def pieces(shape: tuple[int, ...], itemsize: int) -> tuple[Index, ...]:
-    """Parts of an array of at most 64 MB each, along its first dims; heads and kv are never cut."""
-    chunk = list(shape)
-    for dim in range(len(shape)):
-        if int(np.prod(chunk)) * itemsize <= _PIECE:
-            break
-        rest = int(np.prod(chunk[dim + 1 :])) * itemsize
-        chunk[dim] = max(1, _PIECE // max(1, rest))
-    return tuple(writable_chunks(shape, tuple(chunk)))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from switch_t5.checkpoint import huggingface, native_layout, t5x
-from switch_t5.checkpoint.architecture import Architecture
+from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import CONFIG, PICKLES, WEIGHTS, WEIGHTS_INDEX, open_huggingface
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
-from switch_t5.checkpoint.native_files import open_native
+from switch_t5.checkpoint.native_files import checked, open_native
 from switch_t5.checkpoint.recognition import Recognised, check_whole, recognise
 from switch_t5.checkpoint.stored_arrays import OpenCheckpoint
 from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, key_value_store, open_t5x
 from switch_t5.errors import UserError
-
-NATIVE, T5X, HUGGING_FACE = FORMATS = ("native", "t5x", "huggingface")
 
 
 def format_of(path: str) -> tuple[str, str]:
@@ -35,13 +36,14 @@ def format_of(path: str) -> tuple[str, str]:
         return T5X, _t5x_folder(path)
     folder = Path(path).absolute()
     names = set(os.listdir(folder)) if folder.is_dir() else set()
-    steps = [int(name.removeprefix(FOLDER)) for name in names if name.removeprefix(FOLDER).isdecimal()]
-    if folder.parent.name != "checkpoints" and "checkpoints" not in names:
+    steps = _steps(names)
+    one_of_ours = folder.parent.name == "checkpoints" and folder.name.isdecimal()
+    if not one_of_ours and "checkpoints" not in names:
         if (folder / INDEX).is_file():
             return T5X, str(folder)
         if names & {CONFIG, WEIGHTS, WEIGHTS_INDEX, *PICKLES}:
             return HUGGING_FACE, str(folder)
-        if any(name.startswith(FOLDER) for name in names) and steps:
+        if steps:
             return T5X, str(folder / f"{FOLDER}{max(steps)}")
         if any(name.startswith(("target.", "state.")) for name in names):
             return T5X, str(folder)
@@ -62,10 +64,16 @@ def _t5x_folder(url: str) -> str:
         keys = [key.decode() for key in store.list().result()]
     except ValueError as error:
         raise UserError(f"{url} cannot be read ({str(error).splitlines()[0][:200]}).") from error
-    steps = [int(key.split("/")[0].removeprefix(FOLDER)) for key in keys if key.endswith(f"/{INDEX}")]
+    steps = _steps(key.removesuffix(f"/{INDEX}") for key in keys if key.endswith(f"/{INDEX}"))
     if not steps:
         raise UserError(f"{url} holds no checkpoint of T5X: there is no file {INDEX!r} below it.")
     return f"{url.rstrip('/')}/{FOLDER}{max(steps)}"
+
+
+def _steps(names: Iterable[str]) -> list[int]:
+    """The steps of the folders that T5X would call so."""
+    found = (re.fullmatch(rf"{FOLDER}(\d{{1,18}})", name) for name in names)
+    return [int(match[1]) for match in found if match]
 
 
 def open_checkpoint(path: str) -> OpenCheckpoint:
@@ -84,34 +92,34 @@ def open_checkpoint(path: str) -> OpenCheckpoint:
         return open_native(checkpointer.directory, step, checkpointer.leaves(step))
 
 
-def read_checkpoint(path: str, expected: Architecture | None = None, *, optimizer: bool = True) -> Recognised:
-    """Opens the checkpoint at a path and finds the place of each of its arrays, strictly.
+def read_checkpoint(path: str, *, optimizer: bool = True) -> Recognised:
+    """Opens the checkpoint at a path and finds the place of each of its arrays, see :func:`recognised`."""
+    return recognised(open_checkpoint(path), optimizer=optimizer)
+
+
+def recognised(checkpoint: OpenCheckpoint, *, optimizer: bool = True) -> Recognised:
+    """Finds the place of each array of a checkpoint, strictly; those of ours are checked when they are read.
 
     Args:
-      path: see :func:`format_of`.
-      expected: the model that is wanted, which says what is missing from a partly downloaded checkpoint; None reads
-        the model off the checkpoint.
-      optimizer: False leaves out of one of ours all but its parameters, so that its optimizer need not be known.
+      checkpoint: opened.
+      optimizer: False leaves out of one of ours the optimizer's state, as is done where no table knows it.
 
     Raises:
-      UserError: there is none, it is damaged or not whole, or of a model that is not known.
+      UserError: it is damaged or not whole, or of a model that is not known.
     """
-    checkpoint = open_checkpoint(path)
-    arrays = checkpoint.arrays
+    arrays, expected = checkpoint.arrays, None
     if checkpoint.format == T5X:
         kept = t5x.without_placeholders(arrays)
         layouts = t5x.LAYOUTS
     elif checkpoint.format == NATIVE:
-        kept = {name: array for name, array in arrays.items() if name not in (native_layout.STEP, native_layout.COUNT)}
-        if not optimizer:
-            kept = {name: array for name, array in kept.items() if name.startswith("params/")}
+        kept = native_layout.tabled(checked(checkpoint).arrays, optimizer=optimizer)
         layouts = tuple(native_layout.LAYOUTS.values())
     else:
         assert checkpoint.config is not None
-        expected = huggingface.architecture_of(checkpoint.config, checkpoint.path)
-        kept = huggingface.without_copies(arrays, expected)
+        expected = huggingface.architecture_of(checkpoint.config, checkpoint.path, len(arrays))
+        kept = huggingface.without_copies(arrays, expected, checkpoint.path)
         layouts = huggingface.LAYOUTS
-    named = OpenCheckpoint(checkpoint.path, checkpoint.format, kept, checkpoint.step, checkpoint.config)
-    recognised = recognise(named, layouts, expected=expected if checkpoint.format == HUGGING_FACE else None)
-    check_whole(recognised)
-    return recognised
+    found = recognise(dataclasses.replace(checkpoint, arrays=kept), layouts, expected=expected)
+    check_whole(found)
+    unknown = checkpoint.format == NATIVE and native_layout.has_unknown_optimizer(arrays)
+    return found._replace(unknown_optimizer=unknown)

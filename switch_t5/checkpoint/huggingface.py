@@ -6,11 +6,16 @@ Linear layers are stored ``[out, in]`` and every expert by itself. Source: trans
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from switch_t5.checkpoint.architecture import STACKS, Architecture
 from switch_t5.checkpoint.param_map import BLOCK_AXES, Layout, Rule
+from switch_t5.checkpoint.stored_arrays import Index, StoredArray, pieces
 from switch_t5.errors import UserError
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -19,6 +24,9 @@ HEAD = "lm_head.weight"
 _EMBEDDING = "shared.weight"
 # Stands in the first T5 checkpoints, and no version of the model has read it.
 _UNUSED_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_MAX_DISTANCE = "relative_attention_max_distance"
+MAX_DISTANCE = 128
+"""Distances from here on share a bucket, in every released model."""
 T5, SWITCH, MT5 = "t5", "switch_transformers", "mt5"
 ARCHITECTURES = {
     T5: "T5ForConditionalGeneration",
@@ -83,11 +91,16 @@ def _sparse_count(blocks: tuple[bool, ...]) -> int | None:
     return next((count for count in counts if sparse_pattern(len(blocks), count) == blocks), None)
 
 
-def architecture_of(config: Mapping[str, Any], path: str) -> Architecture:
+def architecture_of(config: Mapping[str, Any], path: str, num_arrays: int) -> Architecture:
     """The model that a ``config.json`` describes.
 
+    Args:
+      config: what stands in it.
+      path: the folder, for messages.
+      num_arrays: how many arrays lie beside it; a model cannot have more blocks and experts.
+
     Raises:
-      UserError: it is of another kind of model, or lacks a number.
+      UserError: it is of another kind of model, lacks a number, or computes something that ours does not.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -97,6 +110,8 @@ def architecture_of(config: Mapping[str, Any], path: str) -> Architecture:
     numbers = {}
     for name in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers"):
         numbers[name] = _count(config, name, path)
+    if max(numbers["num_layers"], _count(config, "num_decoder_layers", path, 1)) > num_arrays:
+        raise UserError(f"{path}/config.json has more blocks than there are arrays, {num_arrays}.")
     encoder_layers = numbers["num_layers"]
     decoder_layers = _count(config, "num_decoder_layers", path, encoder_layers)
     encoder, decoder, experts = (False,) * encoder_layers, (False,) * decoder_layers, 0
@@ -106,13 +121,15 @@ def architecture_of(config: Mapping[str, Any], path: str) -> Architecture:
         experts = _count(config, "num_experts", path, 8)
         encoder = sparse_pattern(encoder_layers, _count(config, "num_sparse_encoder_layers", path, 3, least=0))
         decoder = sparse_pattern(decoder_layers, _count(config, "num_sparse_decoder_layers", path, 3, least=0))
+        if experts * sum(encoder + decoder) > num_arrays:
+            raise UserError(f"{path}/config.json has more experts in all blocks than there are arrays, {num_arrays}.")
     projection = str(config.get("feed_forward_proj", "relu" if kind != MT5 else "gated-gelu"))
     activation = projection if kind != SWITCH else str(config.get("dense_act_fn", "relu"))
-    if activation not in ("relu", "gated-gelu", "gelu_new") or (activation == "gelu_new" and kind == SWITCH):
+    if activation not in (("relu",) if kind == SWITCH else ("relu", "gated-gelu")):
         raise UserError(f"{path}/config.json has the feed-forward {activation!r}: relu and gated-gelu can be read.")
-    epsilon = config.get("layer_norm_epsilon", 1e-6)
-    if epsilon != 1e-6:
-        raise UserError(f"{path}/config.json has layer_norm_epsilon {epsilon}, where this library has 1e-06.")
+    for name, ours in (("layer_norm_epsilon", 1e-6), (_MAX_DISTANCE, MAX_DISTANCE)):
+        if config.get(name, ours) != ours:
+            raise UserError(f"{path}/config.json has {name} {config[name]}, where {ours} can be read.")
     return Architecture(
         vocab_size=numbers["vocab_size"],
         emb_dim=numbers["d_model"],
@@ -157,7 +174,7 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "num_decoder_layers": len(architecture.decoder),
         "num_heads": architecture.num_heads,
         "relative_attention_num_buckets": architecture.relpos_num_buckets,
-        "relative_attention_max_distance": 128,
+        _MAX_DISTANCE: MAX_DISTANCE,
         "layer_norm_epsilon": 1e-6,
         "is_encoder_decoder": True,
         "use_cache": True,
@@ -197,11 +214,45 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
 
 
-def without_copies(arrays: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The arrays less copies of tied ones, the embedding by its own name, and what transformers ignores too."""
+def without_copies(arrays: Mapping[str, StoredArray], architecture: Architecture, path: str) -> dict[str, StoredArray]:
+    """The arrays less copies of tied ones, the embedding by its own name, and what transformers ignores too.
+
+    Copies are compared before the embedding is first read.
+
+    Raises:
+      UserError: a copy has another shape; later, when the embedding is read, another number.
+    """
     copies = (*COPIES, HEAD) if architecture.tied_logits else COPIES
     kept = {name: array for name, array in arrays.items() if name not in copies and name != _UNUSED_BIAS}
-    copy = next((name for name in copies if name in arrays), None)
-    if _EMBEDDING not in kept and copy is not None:
-        kept[_EMBEDDING] = arrays[copy]
+    same = [name for name in (_EMBEDDING, *copies) if name in arrays]
+    if same:
+        kept[_EMBEDDING] = _compared(arrays, same, path)
     return kept
+
+
+def _compared(arrays: Mapping[str, StoredArray], names: list[str], path: str) -> StoredArray:
+    """The first of the arrays; before it is read the others are compared with it, piece by piece."""
+    first = arrays[names[0]]
+
+    def differing(name: str) -> UserError:
+        tied = "tie_word_embeddings" if name == HEAD else "one embedding"
+        return UserError(
+            f"{path} holds {name}, which differs from {names[0]}, and its config.json says {tied}: refused."
+        )
+
+    @functools.cache
+    def compare() -> None:
+        for index in pieces(first.shape, first.dtype.itemsize):
+            values = first.read(index)
+            for name in names[1:]:
+                if not np.array_equal(values, arrays[name].read(index), equal_nan=True):
+                    raise differing(name)
+
+    def read(index: Index) -> np.ndarray:
+        compare()
+        return first.read(index)
+
+    for name in names[1:]:
+        if arrays[name].shape != first.shape:
+            raise differing(name)
+    return dataclasses.replace(first, read=read)

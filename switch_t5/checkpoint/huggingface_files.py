@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 from jax import numpy as jnp
 
-from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, Produce, StoredArray, pieces
 from switch_t5.errors import UserError
 
 CONFIG = "config.json"
@@ -118,7 +118,7 @@ def _read(opened: Any, name: str, shape: tuple[int, ...], index: Index) -> np.nd
 def write_huggingface(
     folder: Path,
     config: Mapping[str, Any],
-    arrays: Mapping[str, tuple[StoredArray, Callable[[Index | None], np.ndarray]]],
+    arrays: Mapping[str, tuple[StoredArray, Produce]],
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Writes a model: ``config.json`` and shards of safetensors.
@@ -149,7 +149,7 @@ def write_huggingface(
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
-def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Callable[[Index | None], np.ndarray]]]) -> None:
+def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Produce]]) -> None:
     """Writes one file, array by array; safetensors' own writer wants all of a file's arrays in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -161,9 +161,7 @@ def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Callable[[I
     with open(file, "wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for array, produce in arrays.values():
-            # Whole rows at a time are consecutive bytes.
-            rows = max(1, (1 << 26) // max(1, array.nbytes // max(1, array.shape[0])))
-            for index in writable_chunks(array.shape, (min(rows, array.shape[0]), *array.shape[1:])):
+            for index in pieces(array.shape, array.dtype.itemsize):
                 stream.write(np.ascontiguousarray(produce(index)).tobytes())
         stream.flush()
         os.fsync(stream.fileno())

@@ -14,7 +14,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from switch_t5.checkpoint.formats import HUGGING_FACE
+from switch_t5.checkpoint.format_names import HUGGING_FACE
 from switch_t5.checkpoint.load import load_params
 from switch_t5.checkpoint.recognition import Recognised
 from switch_t5.layers.moe_config import MoEConfig

@@ -10,7 +10,9 @@ import numpy as np
 
 from switch_t5.checkpoint import naming, native_layout
 from switch_t5.checkpoint.architecture import Architecture
+from switch_t5.checkpoint.format_names import HUGGING_FACE
 from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.huggingface import MAX_DISTANCE
 from switch_t5.checkpoint.param_map import Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
 from switch_t5.checkpoint.stored_arrays import Index
@@ -48,12 +50,26 @@ def fitting(path: str, config: TransformerConfig, *, optimizer: bool = True) -> 
       UserError: it is of another architecture: the sentence says in what, and the gin that would fit.
     """
     wanted = Architecture.of(config)
-    recognised = read_checkpoint(path, wanted, optimizer=optimizer)
+    recognised = read_checkpoint(path, optimizer=optimizer)
+    check_distance(recognised, config)
     differences = recognised.architecture.differences(wanted)
     if differences:
         gin = gin_flags(recognised.architecture)
         raise UserError(f"{path} is of another architecture: {'; '.join(differences)}. These would fit: {gin}")
     return recognised
+
+
+def check_distance(source: Recognised, config: TransformerConfig) -> None:
+    """Checks what no array tells: that a Hugging Face model's position biases are read by the distances it learned.
+
+    Raises:
+      UserError: the configuration has others.
+    """
+    if source.reader.checkpoint.format == HUGGING_FACE and config.relpos_max_distance != MAX_DISTANCE:
+        raise UserError(
+            f"TransformerConfig.relpos_max_distance is {MAX_DISTANCE} in {source.reader.checkpoint.path} and "
+            f"{config.relpos_max_distance} here: set it to {MAX_DISTANCE}."
+        )
 
 
 def gin_flags(architecture: Architecture) -> str:
@@ -93,10 +109,7 @@ def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any
     recognised = fitting(path, config)
     step = recognised.reader.checkpoint.step
     if not recognised.moments or step is None:
-        raise UserError(
-            f"{path} holds no state of Adafactor: set TrainConfig.initial_checkpoint_optimizer = False to start the "
-            "optimizer anew."
-        )
+        raise no_adafactor(path)
     placed = native_places(config, recognised.moments)
     leaves = naming.named_leaves(abstract_state)
     count = np.int32(step)
@@ -105,9 +118,22 @@ def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any
     read = placed_arrays(arrays, placed, reader_of(recognised), path)
     for name, value in scalars.items():
         if name not in leaves:
-            raise UserError(f"{path} holds the state of Adafactor, and TrainConfig.optimizer is another.")
+            raise other_optimizer(path)
         read[name] = jax.device_put(value, leaves[name].sharding)
     return naming.like(abstract_state, read)
+
+
+def no_adafactor(path: str) -> UserError:
+    """The error of a checkpoint without the state that is asked for."""
+    return UserError(
+        f"{path} holds no state of Adafactor: set TrainConfig.initial_checkpoint_optimizer = False to start the "
+        "optimizer anew."
+    )
+
+
+def other_optimizer(path: str) -> UserError:
+    """The error of a run whose optimizer cannot go on from what the checkpoint holds."""
+    return UserError(f"{path} holds the state of Adafactor, and TrainConfig.optimizer is another.")
 
 
 def native_places(config: TransformerConfig, moments: dict[str, tuple[str, ...]] | None) -> dict[str, Placed]:

@@ -26,7 +26,7 @@ from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.checkpoint.writer_lock import WriterLock
 from switch_t5.errors import ConfigError, UserError, closest
-from switch_t5.storage import storage_errors, writable_directory
+from switch_t5.storage import FAILING, storage_errors, writable_directory
 
 # Orbax takes most of a second to import; a run meets it with its first checkpoint.
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 DIRECTORY = "checkpoints"
 
-# How tensorstore begins an error about a file that is damaged or gone.
-_DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE)\b")
+# How tensorstore begins an error about a file that is damaged or gone, or that the disk cannot read.
+_DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNKNOWN|INTERNAL)\b")
+# How tensorstore begins any error of its own, such as "UNAVAILABLE: ...".
+_STATUS = re.compile(r"[A-Z_]{5,}: ")
 
 
 class Restored(NamedTuple):
@@ -126,21 +128,30 @@ class Checkpointer:
           Whether a save was started; False where this step is saved already.
 
         Raises:
-          UserError: more saves in a row than ``tolerated_failures`` have met a full disk or one that cannot be
-            written; fewer are told on standard error.
+          UserError: more saves in a row than ``tolerated_failures`` have failed by the disk, which is full, cannot be
+            written or does not keep what it is given; fewer are told on standard error.
           ConfigError: ``keep_best`` names none of the metrics.
         """
-        try:
+        with self._tolerated():
             self._finish_save()
+        with self._tolerated():
             return self._start_save(step, state, data_state, metrics)
+        return False
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Counts a save that storage made fail and goes on, unless there were too many; any other error passes."""
+        try:
+            yield
         except ConfigError:
             raise
-        except Exception as error:
+        except (UserError, OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not _STATUS.match(str(error)):
+                raise
             self._failures.append(error)
             if len(self._failures) > self._config.tolerated_failures:
                 raise
             print(f"{error} It is tried again at the next checkpoint.", file=sys.stderr, flush=True)
-            return False
 
     def _start_save(
         self, step: int, state: Any, data_state: Mapping[str, bytes], metrics: Mapping[str, float] | None
@@ -148,7 +159,7 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         from switch_t5.checkpoint.data_positions import DataPositionsSave
-        from switch_t5.checkpoint.manifest import ManifestSave
+        from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
 
         if step in self._manager.all_steps():
             return False
@@ -162,7 +173,7 @@ class Checkpointer:
         self._saving = step
         with self._save_errors():
             values = {name: float(value) for name, value in (metrics or {}).items()}
-            self._manager.save(step, args=items, metrics=values, force=True)
+            self._manager.save(step, args=items, metrics=values, custom_metadata=PROMISE, force=True)
         for best in self._config.best_metrics:
             if metrics is not None and best not in metrics:
                 raise ConfigError(
@@ -403,23 +414,31 @@ class Checkpointer:
             if latest is None
             else f"the checkpoint of step {latest} is whole, and the same command goes on from it"
         )
+        doing = f"Saving the checkpoint of step {self._saving} in {self._directory}"
         try:
-            with storage_errors(f"Saving the checkpoint of step {self._saving} in {self._directory}", consequence):
+            with storage_errors(doing, consequence):
                 yield
-        except Exception:
+        except Exception as error:
             if jax.process_index() == 0:
                 for path in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(path, ignore_errors=True)
             self._saving = None
+            if jax.process_count() == 1:  # Processes would have to do it together, and others may not have failed.
+                self._manager.reload()  # Orbax has forgotten those that it would have deleted.
+            if isinstance(error, CheckpointDamaged):
+                raise UserError(
+                    f"{doing} failed ({str(error).rstrip('.')}): see to that disk; {consequence}."
+                ) from error
             raise
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, KeyError, FileNotFoundError, CheckpointDamaged) as error:
+        except (ValueError, KeyError, OSError, CheckpointDamaged) as error:
             known = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError | CheckpointDamaged)
-            if not known and not _DAMAGED.match(str(error)):
+            unreadable = getattr(error, "errno", None) in FAILING
+            if not known and not unreadable and not _DAMAGED.match(str(error)):
                 raise
             before = [other for other in self.steps() if other < step]
             instead = f" to use that of step {before[-1]}" if before else ""

@@ -22,10 +22,13 @@ from switch_t5.checkpoint.fingerprint import as_text
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 
 ITEM = "manifest"
+PROMISE = {"manifest": True}
+"""Stands in the metadata of a checkpoint that has a manifest: one that lost it is no older one."""
 _FILE = "manifest.json"
 _SMALL = 1 << 20
-# Orbax writes these after every item; they hold no more than times.
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_METADATA = "_CHECKPOINT_METADATA"
+# Orbax writes these after every item; they hold times and the promise.
+_LATER = (_METADATA, "commit_success.txt")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -98,11 +101,34 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
         files = {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
         return Manifest(content["arrays"], files)
     except FileNotFoundError:
-        if path.parent.exists():
+        if path.parent.exists() or _is_promised(checkpoint):
             raise CheckpointDamaged(f"{path} is missing.") from None
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    # A hostile file may nest, and hold anything anywhere.
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointDamaged(f"{path} is damaged ({str(error)[:100]}).") from error
+
+
+def _is_promised(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / _METADATA).read_text()).get("custom_metadata"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True  # Nothing says that there was none.
+
+
+def check_written(directory: Path) -> None:
+    """Checks the files of a checkpoint that is about to get its name, after which older ones are deleted.
+
+    Args:
+      directory: of all checkpoints of the run.
+
+    Raises:
+      CheckpointDamaged: the disk has not what it was given.
+    """
+    for folder in directory.glob(f"*{_TEMPORARY}*"):
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        check_files(folder, manifest)
 
 
 def check_files(checkpoint: Path, manifest: Manifest) -> None:

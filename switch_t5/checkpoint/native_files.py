@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,11 @@ import numpy as np
 import tensorstore as ts
 
 from switch_t5.checkpoint.fingerprint import Running
-from switch_t5.checkpoint.manifest import check_arrays, check_files, read_manifest
+from switch_t5.checkpoint.manifest import Manifest, check_arrays, check_files, read_manifest
 from switch_t5.checkpoint.naming import SEPARATOR
-from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, pieces
 
 _NAME_SEPARATOR = "."
-_PIECE = 1 << 26
 
 
 def open_native(directory: Path, step: int, leaves: dict[str, Any]) -> OpenCheckpoint:
@@ -28,24 +29,59 @@ def open_native(directory: Path, step: int, leaves: dict[str, Any]) -> OpenCheck
     """
     folder = directory / str(step)
     arrays = {
-        name: StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(_read, folder, name))
+        name: StoredArray(
+            tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(_read, folder, name, tuple(leaf.shape))
+        )
         for name, leaf in leaves.items()
     }
     return OpenCheckpoint(str(folder), "native", arrays, step)
 
 
-def _read(folder: Path, name: str, index: Index) -> np.ndarray:
+def _read(folder: Path, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
     # Opened at each reading: a thousand open arrays would hold their caches.
     base = f"file://{folder / 'state'}/"
     store = {"driver": "ocdbt", "base": base, "path": name.replace(SEPARATOR, _NAME_SEPARATOR) + "/"}
     try:
-        return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()[index].read().result()
+        opened = ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()
+        if tuple(opened.shape) != shape:
+            raise ValueError(f"its shape is {tuple(opened.shape)} and not {shape}")
+        chunk = tuple(opened.chunk_layout.read_chunk.shape or ())
+        if any(part > max(1, size) for size, part in zip(shape, chunk, strict=True)):
+            raise ValueError(f"its chunks are {chunk}")  # tensorstore would take the room of a whole one, and abort.
+        return opened[index].read().result()
     except ValueError as error:
         raise CheckpointDamaged(f"{folder}: {name} is damaged ({str(error).splitlines()[0][:200]}).") from error
 
 
+def checked(checkpoint: OpenCheckpoint) -> OpenCheckpoint:
+    """The checkpoint, each of whose arrays is checked against its fingerprint before a part of it is first read.
+
+    Raises:
+      CheckpointDamaged: the manifest is damaged; later, when an array that is damaged is read.
+    """
+    folder = Path(checkpoint.path)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return checkpoint
+    arrays = {
+        name: dataclasses.replace(array, read=_read_checked(folder, manifest, name, array))
+        for name, array in checkpoint.arrays.items()
+    }
+    return dataclasses.replace(checkpoint, arrays=arrays)
+
+
+def _read_checked(folder: Path, manifest: Manifest, name: str, array: StoredArray) -> Callable[[Index], np.ndarray]:
+    check = functools.cache(lambda: _check(folder, manifest, name, array))
+
+    def read(index: Index) -> np.ndarray:
+        check()
+        return array.read(index)
+
+    return read
+
+
 def verify(checkpoint: OpenCheckpoint) -> int:
-    """Reads every array piece by piece and checks it against its fingerprint.
+    """Reads every array and checks it against its fingerprint.
 
     Returns:
       How many arrays were checked; 0 for a checkpoint without a manifest.
@@ -61,10 +97,13 @@ def verify(checkpoint: OpenCheckpoint) -> int:
     for name in manifest.arrays:
         if name not in checkpoint.arrays:
             raise CheckpointDamaged(f"{folder} lacks {name}.")
-        array = checkpoint.arrays[name]
-        running = Running()
-        rows = max(1, _PIECE // max(1, array.nbytes // max(1, array.shape[0]))) if array.shape else 1
-        for index in writable_chunks(array.shape, (min(rows, array.shape[0]), *array.shape[1:]) if array.shape else ()):
-            running.add_part(array.read(index), index, array.shape)
-        check_arrays(folder, manifest, {name: running.sums})
+        _check(folder, manifest, name, checkpoint.arrays[name])
     return len(manifest.arrays)
+
+
+def _check(folder: Path, manifest: Manifest, name: str, array: StoredArray) -> None:
+    """Reads an array piece by piece and checks it against its fingerprint."""
+    running = Running()
+    for index in pieces(array.shape, array.dtype.itemsize):
+        running.add_part(array.read(index), index, array.shape)
+    check_arrays(folder, manifest, {name: running.sums})

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from switch_t5.checkpoint.data_positions import DataPositionsHandler, DataPositionsRestore, DataPositionsSave
-from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave
+from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave, check_written
 from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
 
 
@@ -43,7 +43,8 @@ def make_manager(
     handlers.add("data", DataPositionsRestore, data)
     manifest = ManifestHandler()
     handlers.add("manifest", ManifestSave, manifest)
-    options = manager_options(config, read_only=read_only)
+    before_commit = None if read_only else functools.partial(check_written, directory)
+    options = manager_options(config, read_only=read_only, before_commit=before_commit)
     return ocp.CheckpointManager(directory, handler_registry=handlers, options=options)
 
 

@@ -12,6 +12,8 @@ from switch_t5.checkpoint.param_map import MOMENTS, Layout, Reader, Rule, check_
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, OpenCheckpoint
 from switch_t5.errors import UserError
 
+_MOST_BLOCKS = 1 << 14
+
 
 class Recognised(NamedTuple):
     """A checkpoint whose every array has its place in a table.
@@ -21,7 +23,8 @@ class Recognised(NamedTuple):
       layout: the table.
       architecture: the model.
       periods: blocks in a scanned period by stack.
-      moments: the kinds of moments by parameter; empty without an optimizer.
+      moments: the kinds of moments by parameter; empty without an optimizer, or with one that no table knows.
+      unknown_optimizer: whether there is one that no table knows.
     """
 
     reader: Reader
@@ -29,6 +32,7 @@ class Recognised(NamedTuple):
     architecture: Architecture
     periods: dict[str, int]
     moments: dict[str, tuple[str, ...]]
+    unknown_optimizer: bool = False
 
 
 def recognise(
@@ -98,6 +102,8 @@ class _Match:
         """The size of an axis that all stacks share."""
         for sizes in self.sizes.values():
             if axis in sizes:
+                if not sizes[axis]:
+                    raise CheckpointDamaged(f"{path} is damaged: it has an array whose axis {axis} is of size 0.")
                 return sizes[axis]
         if axis == "kv" and self.merged is not None:
             return self.merged // self.size("heads", path)
@@ -108,7 +114,7 @@ class _Match:
     def has(self, parameter: str) -> bool:
         return any(rule.parameter == parameter for rule, _ in self.names.values())
 
-    def pattern(self, stack: str) -> tuple[bool, ...]:
+    def pattern(self, stack: str, path: str) -> tuple[bool, ...]:
         """Which blocks of a stack are sparse: those with a router or experts."""
         sparse_names = (f"{stack}/mlp/router", f"{stack}/mlp/experts/")
         counts = self.counts[stack]
@@ -120,12 +126,14 @@ class _Match:
         blocks = counts["layer"] or counts["position"]
         if stack in self.layout.scanned and stack in self.stacked:
             blocks = max(1, counts["position"])
+            if self.stacked[stack] > _MOST_BLOCKS:
+                raise UserError(f"{path} stacks {self.stacked[stack]:,} blocks, more than any model has: refused.")
             return tuple(index in sparse for index in range(blocks)) * self.stacked[stack]
         return tuple(index in sparse for index in range(blocks))
 
     def architecture(self, path: str) -> Architecture:
         """The model that the arrays are of."""
-        patterns = {stack: self.pattern(stack) for stack in STACKS}
+        patterns = {stack: self.pattern(stack, path) for stack in STACKS}
         experts = {
             stack: max(self.sizes[stack].get("expert", 0), self.counts[stack]["expert"]) if any(patterns[stack]) else 0
             for stack in STACKS
@@ -169,10 +177,20 @@ def _match(checkpoint: OpenCheckpoint, layout: Layout) -> _Match:
         for rule, pattern in by_outline.get(outline(name), ()):
             found = pattern.fullmatch(name)
             if found and len(array.shape) == len(rule.dims):
-                fields = {key: int(value) for key, value in found.groupdict().items()}
+                fields = {key: _number(value, name, checkpoint) for key, value in found.groupdict().items()}
                 match.add(name, rule, fields, array.shape)
                 break
     return match
+
+
+def _number(digits: str, name: str, checkpoint: OpenCheckpoint) -> int:
+    """A block's or expert's number in a name, of which each below has an array."""
+    if len(digits) > 9 or int(digits) >= len(checkpoint.arrays):
+        raise UserError(
+            f"{checkpoint.path} names {name[:200]}, a number beyond that of its arrays, {len(checkpoint.arrays)}: it "
+            "is not whole."
+        )
+    return int(digits)
 
 
 def check_whole(recognised: Recognised) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from switch_t5.errors import ConfigError, check_types
@@ -67,8 +67,17 @@ class CheckpointConfig:
             )
 
 
-def manager_options(config: CheckpointConfig, *, read_only: bool) -> ocp.CheckpointManagerOptions:
-    """Orbax's options for a configuration."""
+def manager_options(
+    config: CheckpointConfig, *, read_only: bool, before_commit: Callable[[], None] | None
+) -> ocp.CheckpointManagerOptions:
+    """Orbax's options for a configuration.
+
+    Args:
+      config: which checkpoints are kept.
+      read_only: whether nothing is written or cleaned up.
+      before_commit: called in the background when all files of a checkpoint are written; where it raises, the save has
+        failed, and no checkpoint is deleted.
+    """
     import orbax.checkpoint as ocp
 
     policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep)]
@@ -93,7 +102,9 @@ def manager_options(config: CheckpointConfig, *, read_only: bool) -> ocp.Checkpo
         create=not read_only,
         # A folder that cannot be made then fails in `save`, at once, instead of in a thread for which
         # other threads wait many minutes.
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        async_options=ocp.options.AsyncOptions(
+            create_directories_asynchronously=False, post_finalization_callback=before_commit
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,10 @@ from switch_t5.errors import UserError
 
 Index = tuple[slice, ...]
 """A slice a dim, start and stop given, step 1."""
+Produce = Callable[[Index | None], np.ndarray]
+"""Makes an array, or the part of it that an index names."""
+
+_PIECE = 1 << 26
 
 
 class CheckpointDamaged(UserError):  # noqa: N818 (it says what is wrong with the user's files)
@@ -68,3 +73,13 @@ def writable_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[
             slice(where * part, min(size, (where + 1) * part))
             for where, part, size in zip(at, chunk, shape, strict=True)
         )
+
+
+def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
+    """The parts of an array of at most 64 MB each, consecutive in memory, in order."""
+    chunk = [max(1, size) for size in shape]
+    for dim in range(len(shape)):
+        if math.prod(chunk) * itemsize <= _PIECE:
+            break
+        chunk[dim] = max(1, _PIECE // (math.prod(chunk[dim + 1 :]) * itemsize))
+    return writable_chunks(shape, tuple(chunk))

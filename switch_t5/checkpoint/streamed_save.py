@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.data_positions import DataPositionsSave
 from switch_t5.checkpoint.fingerprint import Running
 from switch_t5.checkpoint.manager import DIRECTORY
-from switch_t5.checkpoint.manifest import ManifestSave
+from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
 from switch_t5.checkpoint.orbax_manager import make_manager
 from switch_t5.checkpoint.retention import CheckpointConfig
-from switch_t5.checkpoint.stored_arrays import Index, StoredArray, writable_chunks
+from switch_t5.checkpoint.stored_arrays import Produce, StoredArray, writable_chunks
 
 _CHUNK_BYTES = 1 << 26
 
@@ -30,7 +30,7 @@ class _Streamed:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    produce: Callable[[Index | None], np.ndarray]
+    produce: Produce
     running: Running = dataclasses.field(default_factory=Running)
 
     @property
@@ -64,7 +64,7 @@ class _StreamedHandler(type_handlers.NumpyHandler):
 def save_streamed(
     model_dir: Path,
     step: int,
-    arrays: Mapping[str, tuple[StoredArray, Callable[[Index | None], np.ndarray]]],
+    arrays: Mapping[str, tuple[StoredArray, Produce]],
     scalars: Mapping[str, np.ndarray],
 ) -> None:
     """Writes one checkpoint into a new MODEL_DIR.
@@ -90,7 +90,7 @@ def save_streamed(
     directory.mkdir()
     manager = make_manager(directory, CheckpointConfig(), read_only=False, registry=registry)
     try:
-        manager.save(step, args=items, force=True)
+        manager.save(step, args=items, custom_metadata=PROMISE, force=True)
         manager.wait_until_finished()
     finally:
         manager.close()

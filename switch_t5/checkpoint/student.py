@@ -10,9 +10,9 @@ import numpy as np
 
 from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.architecture import Architecture
-from switch_t5.checkpoint.formats import NATIVE, open_checkpoint, read_checkpoint
-from switch_t5.checkpoint.load import gin_flags, native_places, placed_arrays
-from switch_t5.checkpoint.native_files import verify
+from switch_t5.checkpoint.format_names import NATIVE
+from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.load import check_distance, gin_flags, native_places, placed_arrays
 from switch_t5.checkpoint.param_map import Placed, Reader, convert
 from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint, StoredArray
 from switch_t5.errors import UserError
@@ -32,6 +32,7 @@ def start_student(path: str, config: TransformerConfig, drawn: Params) -> Params
       UserError: there is no checkpoint, it is damaged, or not the student with experts.
     """
     teacher = read_checkpoint(path, optimizer=False)
+    check_distance(teacher, config)
     wanted = Architecture.of(config)
     differences = teacher.architecture.dense.differences(wanted)
     if differences:
@@ -39,8 +40,6 @@ def start_student(path: str, config: TransformerConfig, drawn: Params) -> Params
             f"{path} is of a teacher that the student cannot start from: {'; '.join(differences)}. These would fit: "
             f"{gin_flags(teacher.architecture.dense)}; or set DistillationConfig.initialize_student = False."
         )
-    if teacher.reader.checkpoint.format == NATIVE:
-        verify(open_checkpoint(path))
     places = native_places(config, None)
     leaves = naming.named_leaves({"params": drawn})
     reader: Any = StudentReader(teacher.reader, _reader_of_drawn(leaves, places, wanted))

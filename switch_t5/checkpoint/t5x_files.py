@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgpack
@@ -18,7 +18,14 @@ import numpy as np
 import tensorstore as ts
 from jax import numpy as jnp
 
-from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, writable_chunks
+from switch_t5.checkpoint.stored_arrays import (
+    CheckpointDamaged,
+    Index,
+    OpenCheckpoint,
+    Produce,
+    StoredArray,
+    writable_chunks,
+)
 from switch_t5.errors import UserError
 
 INDEX = "checkpoint"
@@ -66,16 +73,24 @@ def open_t5x(path: str) -> OpenCheckpoint:
         raise CheckpointDamaged(
             f"{path} is not whole: it lacks files of {', '.join(missing[:3])}{more}; copy the whole folder again."
         )
-    step = arrays.get("state/step")
-    return OpenCheckpoint(path, "t5x", arrays, None if step is None else int(step.whole().reshape(-1)[0]))
+    return OpenCheckpoint(path, "t5x", arrays, _step(arrays.get("state/step"), path))
+
+
+def _step(stored: StoredArray | None, path: str) -> int | None:
+    if stored is None:
+        return None
+    if math.prod(stored.shape) != 1 or stored.dtype.kind not in "iu":
+        raise CheckpointDamaged(f"{path}/{INDEX} is damaged: its step has shape {stored.shape}, dtype {stored.dtype}.")
+    return int(stored.whole().item())
 
 
 def _read_index(path: str) -> dict[str, Any]:
+    if "://" not in path and os.path.isfile(file := os.path.join(path, INDEX)):
+        _check_size(path, os.path.getsize(file))
     found = key_value_store(path).read(INDEX).result()
     if found.state != "value":
         raise CheckpointDamaged(f"{path} has no file {INDEX!r}, T5X's index: it is no T5X checkpoint, or not whole.")
-    if len(found.value) > _LARGEST_INDEX:
-        raise UserError(f"{path}/{INDEX} has {len(found.value):,} bytes, which no index has.")
+    _check_size(path, len(found.value))  # A store tells no size beforehand.
     try:
         index = msgpack.unpackb(found.value, ext_hook=_extension, strict_map_key=False)
     # What damaged bytes raise is of many kinds: all mean that the index cannot be read.
@@ -87,6 +102,11 @@ def _read_index(path: str) -> dict[str, Any]:
     if version != VERSION:
         raise UserError(f"{path}/{INDEX} is of version {version!r}: version {VERSION} can be read.")
     return index
+
+
+def _check_size(path: str, size: int) -> None:
+    if size > _LARGEST_INDEX:
+        raise UserError(f"{path}/{INDEX} has {size:,} bytes, which no index has.")
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -126,8 +146,11 @@ def _described(path: str, name: str, leaf: Mapping[str, Any]) -> tuple[str, Stor
     dtype = leaf.get("dtype")
     if shape is None or chunk is None or len(shape) != len(chunk) or 0 in chunk or dtype not in _DTYPES:
         raise CheckpointDamaged(f"{path}/{INDEX} is damaged: it gives {name} shape {metadata.get('shape')!r}.")
-    if math.prod(shape) > 1 << 42 or math.prod(chunk) > 1 << 32 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
-        raise UserError(f"{path}/{INDEX} gives {name} the shape {shape}, larger than any model's: refused.")
+    large = any(part > max(1, size) for size, part in zip(shape, chunk, strict=True)) or math.prod(chunk) > 1 << 32
+    if large or math.prod(shape) > 1 << 42 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
+        raise UserError(
+            f"{path}/{INDEX} gives {name} the shape {shape} in chunks of {chunk}, larger than any model's: refused."
+        )
     grid = np.ndindex(*map(_ceil, shape, chunk))
     chunks = [".".join(map(str, at)) for at in grid]
     read = functools.partial(_read, path, folder, shape, chunk)
@@ -161,10 +184,6 @@ def _read(path: str, folder: str, shape: tuple[int, ...], chunk: tuple[int, ...]
         return store[index].read().result()
     except ValueError as error:
         raise CheckpointDamaged(f"{path}/{folder} is damaged ({str(error).splitlines()[0][:200]}).") from error
-
-
-Produce = Callable[[Index | None], np.ndarray]
-"""Makes an array, or the part of it that an index names."""
 
 
 def write_t5x(

@@ -18,9 +18,15 @@ import numpy as np
 
 from switch_t5.checkpoint import naming, native_layout
 from switch_t5.checkpoint.architecture import Architecture
-from switch_t5.checkpoint.formats import NATIVE, open_checkpoint, read_checkpoint
-from switch_t5.checkpoint.load import gin_flags, native_places, placed_arrays
-from switch_t5.checkpoint.native_files import verify
+from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.load import (
+    check_distance,
+    gin_flags,
+    native_places,
+    no_adafactor,
+    other_optimizer,
+    placed_arrays,
+)
 from switch_t5.checkpoint.param_map import Placed, Reader, axes_of, convert, parameters
 from switch_t5.checkpoint.recognition import Recognised
 from switch_t5.checkpoint.stored_arrays import Index
@@ -69,7 +75,7 @@ def upcycle(
     step = source.reader.checkpoint.step
     for name in (native_layout.STEP, native_layout.COUNT) if optimizer else ():
         if name not in leaves:
-            raise UserError(f"{path} holds the state of Adafactor, and TrainConfig.optimizer is another.")
+            raise other_optimizer(path)
         made[name] = jax.device_put(np.int32(step or 0), leaves[name].sharding)
     for name, leaf in leaves.items():
         if name.startswith("opt_state/moments/") and _ROUTER.search(name):
@@ -96,7 +102,8 @@ def _zeros(leaf: Any) -> jax.Array:
 def _dense_checkpoint(path: str, config: TransformerConfig, *, optimizer: bool) -> Recognised:
     """Opens a checkpoint of the dense model that a sparse one is to begin as."""
     wanted = Architecture.of(config).dense
-    source = read_checkpoint(path, wanted, optimizer=optimizer)
+    source = read_checkpoint(path, optimizer=optimizer)
+    check_distance(source, config)
     found = source.architecture
     if any(found.encoder + found.decoder):
         experts = max(found.encoder_experts, found.decoder_experts)
@@ -110,18 +117,13 @@ def _dense_checkpoint(path: str, config: TransformerConfig, *, optimizer: bool) 
             f"{path} is not this model without its experts: {'; '.join(differences)}. These would fit: "
             f"{gin_flags(found)}"
         )
-    if source.reader.checkpoint.format == NATIVE:
-        verify(open_checkpoint(path))
     return source
 
 
 def _moments(source: Recognised, config: TransformerConfig, path: str) -> dict[str, tuple[str, ...]]:
     """The kinds of moments of each parameter of the sparse model that has a dense counterpart."""
     if not source.moments or source.reader.checkpoint.step is None:
-        raise UserError(
-            f"{path} holds no state of Adafactor: set TrainConfig.initial_checkpoint_optimizer = False to start the "
-            "optimizer anew."
-        )
+        raise no_adafactor(path)
     names = parameters(Architecture.of(config))
     return {name: source.moments[dense] for name in names if (dense := _dense_name(name)) in source.moments}
 

@@ -7,20 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switch_t5.checkpoint.format_names import FORMATS, HUGGING_FACE
 from switch_t5.cli.output import add_json_flag, write_json
 from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
     from switch_t5.checkpoint.recognition import Recognised
 
-_FORMATS = ("native", "t5x", "huggingface")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("--from", dest="source", required=True, metavar="FOLDER", help="a checkpoint of any format")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must be new or empty")
-    parser.add_argument("--format", required=True, choices=_FORMATS, help="what to write")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default as they are")
     parser.add_argument("--scanned", action="store_true", help="stack blocks for a scan, in our format or T5X's")
     parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece model to lie beside a Hugging Face model")
@@ -39,13 +38,12 @@ def run(args: argparse.Namespace) -> int:
       0; or 1 where ``--verify`` found a difference beyond its bound.
     """
     from switch_t5.checkpoint.conversion import plan, write
-    from switch_t5.checkpoint.formats import HUGGING_FACE, read_checkpoint
+    from switch_t5.checkpoint.formats import read_checkpoint
 
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
     if tokenizer is not None and (args.format != HUGGING_FACE or not tokenizer.is_file()):
         raise UserError(f"--tokenizer={tokenizer} must be a file, and belongs to --format=huggingface alone.")
     source = read_checkpoint(args.source)
-    _check_source(source)
     target = plan(source, args.to, args.format, dtype=args.dtype, scanned=args.scanned)
     certificate = write(source, target, tokenizer=tokenizer)
     if args.verify:
@@ -73,15 +71,6 @@ def _within(found: dict[str, Any]) -> bool:
     return found["worst_relative"] <= found["bound"]  # Not so for a NaN.
 
 
-def _check_source(source: Recognised) -> None:
-    from switch_t5.checkpoint.formats import NATIVE, open_checkpoint
-    from switch_t5.checkpoint.native_files import verify
-
-    checkpoint = source.reader.checkpoint
-    if checkpoint.format == NATIVE:
-        verify(open_checkpoint(checkpoint.path))
-
-
 def _rewrite(folder: Path, certificate: dict[str, Any]) -> None:
     from switch_t5.checkpoint.conversion import CERTIFICATE
 
@@ -95,6 +84,8 @@ def _summarise(certificate: dict[str, Any]) -> None:
         f"{certificate['parameters']:,} parameters in {len(certificate['arrays']):,} arrays"
         + (", with the optimizer's state" if certificate["to"]["optimizer"] else ""),
     ]
+    if certificate["left_out"]:
+        lines.append(f"left out: {certificate['left_out']}")
     if "verified" in certificate:
         verified = certificate["verified"]
         logits = verified["logits"]

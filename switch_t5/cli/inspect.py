@@ -24,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       UserError: it is damaged, not whole, or none.
     """
-    from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
+    from switch_t5.checkpoint.format_names import NATIVE
+    from switch_t5.checkpoint.formats import open_checkpoint, recognised
+    from switch_t5.checkpoint.native_layout import has_unknown_optimizer
     from switch_t5.errors import UserError
 
     checkpoint = open_checkpoint(args.checkpoint)
@@ -35,28 +37,29 @@ def run(args: argparse.Namespace) -> int:
         "bytes": sum(array.nbytes for array in checkpoint.arrays.values()),
     }
     try:
-        recognised = read_checkpoint(args.checkpoint)
-    except UserError as error:
-        if checkpoint.format != "native" or "damaged" in str(error):
+        found = recognised(checkpoint)
+    except UserError:
+        if checkpoint.format != NATIVE:
             raise
-        # A model of ours may have layers that no other format knows.
+        # A model of ours may have layers that no other format knows; its files were checked when it was opened.
         result["architecture"] = None
         names = [name for name in checkpoint.arrays if name.startswith("params/")]
-        optimizer = any(name.startswith("opt_state/") for name in checkpoint.arrays)
+        moments = any(name.startswith("opt_state/") for name in checkpoint.arrays)
     else:
-        architecture = recognised.architecture
-        result["layout"] = recognised.layout.name
+        architecture = found.architecture
+        result["layout"] = found.layout.name
         result["architecture"] = architecture.gin_values()
         result["experts"] = {
             stack: {"count": architecture.experts(stack), "blocks": [i for i, s in enumerate(blocks) if s]}
             for stack, blocks in (("encoder", architecture.encoder), ("decoder", architecture.decoder))
         }
-        names = [name for name in recognised.reader.checkpoint.arrays if _is_parameter(name)]
-        optimizer = bool(recognised.moments)
+        names = [name for name in found.reader.checkpoint.arrays if _is_parameter(name)]
+        moments = bool(found.moments)
     arrays = checkpoint.arrays
     result["parameters"] = sum(math.prod(arrays[name].shape) for name in names if name in arrays)
     result["dtypes"] = dict(Counter(arrays[name].dtype.name for name in names if name in arrays))
-    result["optimizer"] = "adafactor" if optimizer else None
+    unknown = checkpoint.format == NATIVE and has_unknown_optimizer(arrays)
+    result["optimizer"] = "unknown" if unknown else "adafactor" if moments else None
     result["arrays"] = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
     result["integrity"] = _integrity(checkpoint, args.deep)
     _print(result)

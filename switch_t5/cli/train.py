@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     model_dir = Path(spec.train.model_dir)
     _check_restart(configuration, model_dir)
     step_fn, batches = _prepare(configuration, run)
-    if is_first():
-        _write_configuration(configuration, model_dir)
     with Checkpointer(model_dir, spec.checkpoint) as checkpointer:
+        if is_first():  # Another run that is writing there was refused before this.
+            _write_configuration(configuration, model_dir)
         state = _first_state(run, checkpointer, batches)
         first_step = int(state.step)
         _banner(run, first_step)

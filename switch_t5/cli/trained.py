@@ -47,7 +47,8 @@ def load_model(config: TransformerConfig, abstract_params: Params, path: str) ->
       path: see :func:`switch_t5.checkpoint.formats.format_of`; of a run of ours, its newest checkpoint.
     """
     from switch_t5.checkpoint import load
-    from switch_t5.checkpoint.formats import NATIVE, format_of
+    from switch_t5.checkpoint.format_names import NATIVE
+    from switch_t5.checkpoint.formats import format_of
     from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
     if format_of(path)[0] == NATIVE:
@@ -63,7 +64,8 @@ def load_model(config: TransformerConfig, abstract_params: Params, path: str) ->
 def load_state(run: Run, path: str) -> TrainState:
     """Parameters, optimizer and step of a checkpoint, to go on from in another run."""
     from switch_t5.checkpoint import load
-    from switch_t5.checkpoint.formats import NATIVE, format_of
+    from switch_t5.checkpoint.format_names import NATIVE
+    from switch_t5.checkpoint.formats import format_of
     from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
     if format_of(path)[0] == NATIVE:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
+import math
 import os
 import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from switch_t5.checkpoint import t5x as t5x_tables
 from switch_t5.checkpoint.conversion import plan, write
-from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.formats import format_of, read_checkpoint
+from switch_t5.checkpoint.load import load_params
 from switch_t5.checkpoint.manager import Checkpointer
-from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+from switch_t5.checkpoint.recognition import recognise
+from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, OpenCheckpoint, StoredArray
 from switch_t5.errors import UserError
+from switch_t5.model.functional import Model
+from tests.checkpoint.golden import abstract
 from tests.checkpoint.test_conversion import SWITCH, converted, saved, state_of
 
 
@@ -69,6 +78,19 @@ def leaf(index: dict) -> dict:
     return index["optimizer"]["target"]["token_embedder"]["embedding"]
 
 
+def inline(dtype: str, *shape: int) -> msgpack.ExtType:
+    """A small array as the index holds it."""
+    return msgpack.ExtType(1, msgpack.packb((list(shape), dtype, bytes(4 * math.prod(shape)))))
+
+
+NO_HEADS = {"relpos_bias": {"rel_embedding": inline("float32", 0, 32)}}
+
+
+def last_layer(index: dict, number: int) -> None:
+    encoder = index["optimizer"]["target"]["encoder"]
+    encoder[f"layers_{number}"] = encoder["layers_0"]
+
+
 def test_a_partly_downloaded_t5x_folder_names_its_missing_arrays(t5x):
     os.remove(t5x / "target.encoder.layers_1.mlp.expert.wi.kernel" / "0.0.0")
     shutil.rmtree(t5x / "target.encoder.layers_2.mlp.wo.kernel")
@@ -87,7 +109,15 @@ def test_a_partly_downloaded_t5x_folder_names_its_missing_arrays(t5x):
         (lambda index: leaf(index)["metadata"].update(shape=[1 << 39, 1 << 30]), "larger than any model's: refused"),
         (lambda index: leaf(index)["metadata"].update(shape=[-1, 8]), "gives target/token_embedder/embedding shape"),
         (lambda index: leaf(index)["metadata"].update(chunks=[0, 8]), "gives target/token_embedder/embedding shape"),
+        (lambda index: leaf(index)["metadata"].update(chunks=[1 << 16, 1 << 16]), "larger than any model's: refused"),
         (lambda index: leaf(index).update(driver="json"), "describes no array"),
+        (lambda index: index["optimizer"]["state"].update(step=inline("int32", 0)), "its step has shape"),
+        (lambda index: index["optimizer"]["state"].update(step=inline("float32")), "its step has shape"),
+        (lambda index: index["optimizer"]["target"]["encoder"].update(NO_HEADS), "array whose axis heads is of size 0"),
+        (
+            lambda index: last_layer(index, 999_999_999),
+            r"names target/encoder/layers_999999999/.*, a number beyond that of its",
+        ),
         (lambda index: index["optimizer"]["target"].pop("token_embedder"), "lacks "),
         (lambda index: index["optimizer"]["target"].update(extra=leaf(index)), "holds target/extra"),
         (lambda index: index.update(version=2), "is of version 2"),
@@ -162,6 +192,12 @@ def test_a_truncated_safetensors_file_is_refused(hugging_face):
         ({"d_ff": 1 << 40}, "where a positive integer belongs"),
         ({"d_ff": "many"}, "where a positive integer belongs"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon 1e-05"),
+        ({"relative_attention_max_distance": 64}, "relative_attention_max_distance 64, where 128 can be read"),
+        ({"model_type": "t5", "feed_forward_proj": "gelu_new"}, "feed-forward 'gelu_new': relu and gated-gelu can"),
+        ({"dense_act_fn": "gated-gelu"}, "feed-forward 'gated-gelu'"),
+        ({"num_layers": 1 << 20}, "more blocks than there are arrays, 78"),
+        ({"num_decoder_layers": 1 << 20}, "more blocks than there are arrays, 78"),
+        ({"num_experts": 1 << 20}, "more experts in all blocks than there are arrays, 78"),
         ({"router_bias": True}, "router_bias"),
     ],
 )
@@ -310,3 +346,88 @@ def test_a_zarr_header_of_an_absurd_size_is_refused_when_the_array_is_read(t5x, 
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointDamaged, match=r"target\.token_embedder\.embedding is damaged"):
         read_checkpoint(str(t5x)).reader.stored("embedding")[0].whole()
+
+
+def test_more_stacked_blocks_than_any_model_has_are_refused_before_they_are_counted():
+    name = "target/encoder/encoder/subblock_0/pre_mlp_layer_norm/scale"
+    array = StoredArray((8, 1 << 40), np.dtype(np.float32), lambda index: np.zeros(0))
+    with pytest.raises(UserError, match=r"stacks 1,099,511,627,776 blocks, more than any model has: refused"):
+        recognise(OpenCheckpoint("here", "t5x", {name: array}), t5x_tables.LAYOUTS)
+
+
+def test_an_index_of_gigabytes_is_refused_unread(t5x):
+    os.truncate(t5x / "checkpoint", 1 << 40)  # A hole that takes no room, and could not be read into memory.
+    with pytest.raises(UserError, match=r"checkpoint has 1,099,511,627,776 bytes, which no index has"):
+        read_checkpoint(str(t5x))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Writes the weights of a Hugging Face folder anew."""
+    arrays = load_file(folder / "model.safetensors")
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_copies_of_the_embedding_are_the_same_or_the_folder_is_refused(hugging_face, name):
+    expected = read_checkpoint(str(hugging_face)).reader.stored("embedding")[0].whole()
+    rewrite(hugging_face, lambda arrays: arrays.update({name: arrays["shared.weight"].copy()}))
+    np.testing.assert_array_equal(read_checkpoint(str(hugging_face)).reader.stored("embedding")[0].whole(), expected)
+    rewrite(hugging_face, lambda arrays: arrays[name].__setitem__((-1, -1), 7.0))
+    with pytest.raises(UserError, match=rf"holds {name}, which differs from shared\.weight, and its config\.json says"):
+        read_checkpoint(str(hugging_face)).reader.stored("embedding")[0].read((slice(0, 1), slice(0, 1)))
+    rewrite(hugging_face, lambda arrays: arrays.update({name: arrays[name][:-1].copy()}))
+    with pytest.raises(UserError, match=rf"holds {name}, which differs"):
+        read_checkpoint(str(hugging_face))
+
+
+def test_position_buckets_that_the_other_side_has_not_are_refused_both_ways(hugging_face, sources, tmp_path):
+    other = dataclasses.replace(SWITCH, relpos_max_distance=64)
+    with pytest.raises(UserError, match=r"relpos_max_distance is 128 in .*/hf and 64 here: set it to 128"):
+        load_params(str(hugging_face), other, abstract(Model(other).abstract_params))
+    run = shutil.copytree(sources["run"], tmp_path / "run")
+    (run / "config.gin").write_text("a/TransformerConfig.relpos_max_distance = 9\n")
+    source = read_checkpoint(str(run))
+    plan(source, str(tmp_path / "to"), "huggingface", dtype=None, scanned=False)
+    (run / "config.gin").write_text("X.y = 1\nTransformerConfig.relpos_max_distance = 64\n")
+    for form in ("t5x", "huggingface"):
+        with pytest.raises(UserError, match=r"run/config\.gin has TransformerConfig\.relpos_max_distance = 64, and "):
+            plan(source, str(tmp_path / "to"), form, dtype=None, scanned=False)
+    plan(source, str(tmp_path / "to"), "native", dtype=None, scanned=False)
+
+
+def test_a_folder_below_one_called_checkpoints_is_recognised(sources, tmp_path):
+    for form in ("t5x", "huggingface"):
+        there = shutil.copytree(sources[form], tmp_path / "checkpoints" / f"my_{form}")
+        assert format_of(str(there)) == (form, str(there))
+    step = sources["run"] / "checkpoints" / "17"
+    assert format_of(str(step)) == ("native", str(step))
+
+
+def test_a_store_with_checkpoints_deeper_than_one_folder_is_one_sentence(sources, tmp_path):
+    url = f"file://{tmp_path}/bucket"
+    shutil.copytree(sources["t5x"], tmp_path / "bucket" / "base" / "checkpoint_17")
+    with pytest.raises(UserError, match=r"bucket holds no checkpoint of T5X"):
+        format_of(url)
+    assert format_of(f"{url}/base") == ("t5x", f"{url}/base/checkpoint_17")
+
+
+def test_what_killed_conversions_left_is_removed_and_what_others_are_writing_is_not(sources, tmp_path):
+    source = read_checkpoint(str(sources["run"]))
+    left, live, foreign = (tmp_path / name for name in (".to.1.partial", ".to.2.partial", ".two.1.partial"))
+    for folder in (left, live, foreign):
+        folder.mkdir()
+        (folder / "half").write_text("")
+    held = os.open(live, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    write(source, plan(source, str(tmp_path / "to"), "huggingface", dtype=None, scanned=False))
+    os.close(held)
+    assert sorted(tmp_path.iterdir()) == [live, foreign, tmp_path / "to"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_read(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    source = read_checkpoint(str(sources["run"]))
+    with pytest.raises(UserError, match=r"is where a disk is mounted, which no new folder can replace"):
+        plan(source, str(tmp_path), "huggingface", dtype=None, scanned=False)
+    plan(source, str(tmp_path / "below"), "huggingface", dtype=None, scanned=False)

@@ -196,7 +196,7 @@ def test_every_pattern_of_sparse_blocks_that_transformers_makes_is_written_as_a_
     for pattern in patterns:
         if any(pattern):
             architecture = dataclasses.replace(dense, encoder=pattern)
-            assert architecture_of(config_of(architecture, "float32"), "here") == architecture
+            assert architecture_of(config_of(architecture, "float32"), "here", 1000) == architecture
 
 
 def test_a_relative_path_of_t5x_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
 import os
 import random
 import shutil
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -21,13 +25,20 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switch_t5.checkpoint import fingerprint
+from switch_t5.checkpoint.conversion import plan, write
 from switch_t5.checkpoint.fingerprint import Running, as_text, begin, finish, of_numpy
-from switch_t5.checkpoint.formats import open_checkpoint
+from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
+from switch_t5.checkpoint.load import load_params
 from switch_t5.checkpoint.manager import Checkpointer
+from switch_t5.checkpoint.manifest import ManifestHandler, read_manifest
 from switch_t5.checkpoint.native_files import verify
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+from switch_t5.cli.trained import load_model
 from switch_t5.errors import UserError
+from switch_t5.model.functional import Model
+from tests.checkpoint.golden import abstract as abstract_of
+from tests.checkpoint.test_conversion import SCANNED, saved, state_of
 
 TIMES_ALONE = "_CHECKPOINT_METADATA"
 """Orbax's file of when a checkpoint was made: nothing of a state is in it."""
@@ -55,6 +66,16 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1 << 3
     path.write_bytes(data)
+
+
+def promise_another(checkpoint: Path, array: jax.Array) -> None:
+    """Changes an array's fingerprint in a manifest that is sound otherwise."""
+    manifest = checkpoint / "manifest" / "manifest.json"
+    _, text, _ = manifest.read_text().split("\n")
+    right = of_numpy(np.asarray(array))
+    assert right in text
+    text = text.replace(right, as_text(np.array([1, 2], np.uint32)))
+    manifest.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
 
 
 def halve(path: Path) -> None:
@@ -85,20 +106,171 @@ def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_used(two, tm
 
 def test_a_bit_flipped_in_memory_before_it_was_written_is_named(two, tmp_path):
     """The files are whole and their checksums right: only the array's own fingerprint tells."""
-    import zlib
-
     run = tmp_path / "run"
     shutil.copytree(two, run)
-    manifest = run / "checkpoints" / "2" / "manifest" / "manifest.json"
-    _, text, _ = manifest.read_text().split("\n")
-    right = of_numpy(np.asarray(state(2)["x"]))
-    assert right in text
-    text = text.replace(right, as_text(np.array([1, 2], np.uint32)))
-    manifest.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+    promise_another(run / "checkpoints" / "2", state(2)["x"])
     with Checkpointer(run, read_only=True) as checkpointer, pytest.raises(CheckpointDamaged, match="x is damaged"):
         checkpointer.restore(abstract(), 2)
     with pytest.raises(CheckpointDamaged, match="x is damaged: its values are not those that were saved"):
         verify(open_checkpoint(str(run)))
+
+
+@pytest.mark.parametrize("stored_scanned", [True, False])
+def test_a_checkpoint_that_is_stacked_otherwise_is_checked_as_it_is_read(tmp_path, stored_scanned):
+    state = state_of(dataclasses.replace(SCANNED, scan_layers=stored_scanned))
+    other = dataclasses.replace(SCANNED, scan_layers=not stored_scanned)
+    run, wanted = saved(tmp_path / "run", state), abstract_of(Model(other).abstract_params)
+    kernel = state.params["decoder"]["stack"]["blocks"]["layers_1"]["self_attention"]["query"]
+    promise_another(run / "checkpoints" / "17", kernel)
+    for load in (load_params, lambda path, config, wanted: load_model(config, wanted, path)):
+        with pytest.raises(CheckpointDamaged, match=r"layers_1/self_attention/query is damaged: its values are not"):
+            load(str(run), other, wanted)
+    source = read_checkpoint(str(run))
+    with pytest.raises(CheckpointDamaged, match="query is damaged"):
+        write(source, plan(source, str(tmp_path / "t5x"), "t5x", dtype=None, scanned=False))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "t5x"]
+    assert list((tmp_path / "t5x").iterdir()) == []
+
+
+def test_a_large_array_that_is_damaged_anywhere_is_noticed(tmp_path):
+    """A file above a megabyte has no checksum in the manifest: fingerprints alone tell."""
+    numbers = np.random.default_rng(0).standard_normal(1 << 19).astype(np.float32)
+    large = {"x": jnp.asarray(numbers)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, large, {})
+    file = max((tmp_path / "checkpoints" / "1").rglob("*"), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    assert len(content) > 2 << 20
+    begin = content.index(numbers.tobytes()[:64])
+    places = [begin, begin + 1, begin + (1 << 20), begin + (2 << 20) - 1, 0, len(content) - 1]
+    like = {"x": jax.ShapeDtypeStruct((1 << 19,), jnp.float32, sharding=large["x"].sharding)}
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        for place in places:
+            file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            try:
+                restored = checkpointer.restore(like).state
+            except CheckpointDamaged:
+                continue
+            assert not begin <= place < begin + (2 << 20)
+            np.testing.assert_array_equal(restored["x"], numbers)  # Of what lies beside the numbers.
+        file.write_bytes(content)
+        np.testing.assert_array_equal(checkpointer.restore(like).state["x"], numbers)
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_an_older_one(two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    checkpoint = run / "checkpoints" / "2"
+    shutil.rmtree(checkpoint / "manifest")
+    with Checkpointer(run, read_only=True) as checkpointer:
+        with pytest.raises(CheckpointDamaged, match=r"manifest\.json is missing"):
+            checkpointer.restore(abstract(), 2)
+        metadata = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
+        metadata["custom_metadata"] = {}  # As it was before there were manifests.
+        (checkpoint / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+        assert checkpointer.restore(abstract(), 2).step == 2
+        (checkpoint / "_CHECKPOINT_METADATA").unlink()
+        with pytest.raises(CheckpointDamaged, match=r"manifest\.json is missing"):
+            checkpointer.restore(abstract(), 2)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"files": {"a": []}, "arrays": {}}', '{"files": 3}', "[" * 100_000])
+def test_a_hostile_manifest_is_damage(two, tmp_path, content):
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "manifest.json").write_text(f"{zlib.crc32(content.encode()):08x}\n{content}\n")
+    with pytest.raises(CheckpointDamaged, match=r"manifest\.json is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), ValueError("UNKNOWN: Error reading: [OS error 5: EIO]")]
+)
+def test_a_disk_that_cannot_read_a_checkpoint_is_damage(two, tmp_path, monkeypatch, error):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    read = Checkpointer._read
+
+    def failing(self: Checkpointer, step: int, *args: object, **more: object) -> object:
+        if step == 2:
+            raise error
+        return read(self, step, *args, **more)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Checkpointer, "_read", failing)
+    with Checkpointer(run) as checkpointer:
+        assert checkpointer.restore(abstract()).step == 1
+    assert (run / "checkpoints" / "2.damaged").is_dir()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_put_aside(two, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+
+    def forbidden(*args: object, **more: object) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Checkpointer, "_read", forbidden)
+    with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
+        checkpointer.restore(abstract())
+    assert checkpointer.steps() == [1, 2]
+
+
+def test_an_older_checkpoint_stays_where_the_disk_does_not_keep_the_newer(tmp_path, monkeypatch, capsys):
+    finalize = ManifestHandler.finalize
+
+    def and_lose(self: ManifestHandler, directory: Path) -> None:
+        finalize(self, directory)  # pyright: ignore[reportArgumentType]
+        for file in Path(directory).parent.rglob("_METADATA"):
+            halve(file)
+
+    with Checkpointer(tmp_path, CheckpointConfig(keep=1)) as checkpointer:
+        checkpointer.save(1, state(1), {})
+        checkpointer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(ManifestHandler, "finalize", and_lose)
+            checkpointer.save(2, state(2), {})
+            with pytest.raises(
+                UserError, match=r"Saving the checkpoint of step 2 in .* failed \(.*_METADATA has .*disk"
+            ):
+                checkpointer.wait()
+        assert sorted(path.name for path in checkpointer.directory.iterdir()) == ["1"]
+        assert checkpointer.restore(abstract()).step == 1
+        checkpointer.save(3, state(3), {})
+    assert checkpointer.steps() == [3]
+
+
+def test_a_save_that_fails_in_the_background_does_not_cost_the_next(tmp_path, monkeypatch, capsys):
+    finalize = ManifestHandler.finalize
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpointer(tmp_path, CheckpointConfig(tolerated_failures=2)) as checkpointer:
+        monkeypatch.setattr(ManifestHandler, "finalize", fail)
+        assert checkpointer.save(1, state(1), {})
+        while not checkpointer._manager._finalize_thread.map(lambda thread: thread is not None and thread.exception):
+            time.sleep(0.01)
+        monkeypatch.setattr(ManifestHandler, "finalize", finalize)
+        assert checkpointer.save(2, state(2), {"0_of_1": b"2"})
+        assert "step 1 in" in (said := capsys.readouterr().err) and said.count("It is tried again") == 1
+        checkpointer.wait()
+        assert checkpointer.steps() == [2]
+        monkeypatch.setattr(ManifestHandler, "finalize", fail)
+        for step in (3, 4, 5):  # Each fails in the background, and is told when the next begins.
+            assert checkpointer.save(step, state(step), {})
+        with pytest.raises(UserError, match=r"step 5 in .* failed \(No space left"):
+            checkpointer.save(6, state(6), {})
+        monkeypatch.setattr(ManifestHandler, "finalize", finalize)
+        checkpointer._failures.clear()
+
+
+def test_a_programming_error_in_a_save_is_not_tried_again(tmp_path, monkeypatch):
+    def fail(*args: object, **more: object) -> None:
+        raise TypeError("wrong")
+
+    with Checkpointer(tmp_path) as checkpointer:
+        monkeypatch.setattr(checkpointer._manager, "save", fail)
+        with pytest.raises(TypeError, match="wrong"):
+            checkpointer.save(1, state(1), {})
 
 
 def test_the_last_checkpoint_is_never_put_aside(two, tmp_path):

@@ -312,6 +312,7 @@ def test_a_position_that_was_saved_before_there_were_shards_is_found(tmp_path):
         folder = tmp_path / "checkpoints" / "1" / "data"
         (folder / "shard_0_of_1").rename(folder / "process_0_of_1")
         shutil.rmtree(tmp_path / "checkpoints" / "1" / "manifest")  # It would tell of the renaming.
+        (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {}}')
         assert checkpointer.restore(_abstract(_number(0)), positions=["0_of_1"]).data_state == {"0_of_1": b"1"}
 
 

@@ -261,14 +261,13 @@ def test_verify_tells_a_model_that_computes_otherwise_though_its_arrays_are_the_
 ) -> None:
     """Its positions are counted in other buckets, of which no array tells."""
 
-    def write(*args: Any, **more: Any) -> Any:
-        certificate = right(*args, **more)
-        file = tmp_path / "to" / "config.json"
+    def compare(*args: Any, **more: Any) -> Any:
+        file = tmp_path / "to" / "config.json"  # Read already by us, who would refuse this, and not yet by them.
         file.write_text(json.dumps(json.loads(file.read_text()) | {"relative_attention_max_distance": 24}))
-        return certificate
+        return right(*args, **more)
 
-    right = conversion.write
-    monkeypatch.setattr(conversion, "write", write)
+    right = conversion.compare
+    monkeypatch.setattr(conversion, "compare", compare)
     run = saved(tmp_path / "run", CONFIGS["dense, ReLU, tied (v1.0)"])
     words = ["convert", f"--from={run}", f"--to={tmp_path / 'to'}", "--format=huggingface", "--verify", "--json=-"]
     assert main(words) == 1

@@ -6,11 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from switch_t5.checkpoint import conversion
 from switch_t5.cli.main import main
-from tests.checkpoint.test_conversion import SWITCH, saved, state_of
+from switch_t5.model.functional import Model
+from switch_t5.training.optimizers import adamw, sgd
+from switch_t5.training.state import TrainState
+from tests.checkpoint.golden import params_of
+from tests.checkpoint.test_conversion import SWITCH, assert_same, saved, state_of
+from tests.model.small import random_params
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +91,30 @@ def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, cap
         (["inspect", "{0}"], "is empty: name a MODEL_DIR"),
         (["convert", "--from={0}", "--to={0}/x", "--format=pickle"], "'pickle' is no --format"),
         (["convert", "--from={0}", "--to={0}/x", "--format=t5x", "--tokenizer=a"], "--tokenizer=a must be a file"),
+        (
+            ["convert", "--from={1}", "--to=gs://b/x", "--format=t5x"],
+            "--to=gs://b/x must be a local or mounted folder.",
+        ),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, capsys, words, sentence):
-    assert main([word.format(tmp_path) for word in words]) == 2
+def test_a_mistake_is_one_sentence(run_folder, tmp_path, capsys, words, sentence):
+    assert main([word.format(tmp_path, run_folder) for word in words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [adamw(0.1), sgd(0.1, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_a_run_of_another_optimizer_is_converted_without_its_state_and_said_so(tmp_path, capsys, make):
+    model = Model(SWITCH)
+    params = random_params(model)
+    run = saved(tmp_path / "run", TrainState(jnp.int32(17), params, make(model.axes).init(params)))
+    for form in ("t5x", "huggingface"):
+        words = ["convert", f"--from={run}", f"--to={tmp_path / form}", f"--format={form}", "--json=-"]
+        assert main(words) == 0
+        captured = capsys.readouterr()
+        found = json.loads(captured.out)
+        assert found["left_out"] == "the optimizer's state, which is not Adafactor's"
+        assert "left out: the optimizer's state, which is not Adafactor's" in captured.err
+        assert not found["to"]["optimizer"]
+        assert_same(params_of(tmp_path / form, SWITCH), params)
+    assert main(["inspect", str(run), "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["optimizer"] == "unknown"
