@@ -62,18 +62,18 @@ def main() -> int:
     parser.add_argument("--peer_row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row is not None:
-        print(json.dumps(measure(*json.loads(args.row), args.repeats)))
+        print(json.dumps(measure(*json.loads(args.row), repeats=args.repeats)))
         return 0
     if args.peer_row is not None:
-        print(json.dumps(measure_peer(*json.loads(args.peer_row), args.repeats)))
+        print(json.dumps(measure_peer(*json.loads(args.peer_row), repeats=args.repeats)))
         return 0
     if args.quick:
         args.experts, args.batches, args.beams, args.repeats = "0,8", "1", "1", 2
 
     def run(flag: str, *row: int, python: str = sys.executable) -> Any:
-        row = in_process(__file__, f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}", python=python)
-        print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
-        return row
+        found = in_process(__file__, f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}", python=python)
+        print(table([found]).splitlines()[-1], file=sys.stderr, flush=True)
+        return found
 
     rows = []
     for beams, batch, experts in itertools.product(
@@ -114,7 +114,7 @@ def _shape(row: dict[str, Any]) -> tuple[int, int, int]:
     return row["experts"], row["batch"], row["beams"]
 
 
-def measure(experts: int, batch: int, beams: int, repeats: int) -> dict[str, Any]:
+def measure(experts: int, batch: int, beams: int, *, repeats: int) -> dict[str, Any]:
     """One row of this project."""
     import jax
     import jax.numpy as jnp
@@ -239,7 +239,7 @@ def _read() -> tuple[Any, int]:
     return lambda: jax.block_until_ready(compiled(row, matrix)), matrix.nbytes
 
 
-def measure_peer(experts: int, batch: int, beams: int, repeats: int) -> dict[str, Any]:
+def measure_peer(experts: int, batch: int, beams: int, *, repeats: int) -> dict[str, Any]:
     """One row of Hugging Face's ``generate``."""
     import torch  # pyright: ignore[reportMissingImports]
 

@@ -27,6 +27,10 @@ RouterName = Literal[
 Exploration = Literal["argmax", "sample", "gaussian"]
 
 
+_MOST = 2**16
+"""Of anything that is counted: as many as experts at the most."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
     """How tokens and experts find each other. ROUTING.md compares the routers.
@@ -71,6 +75,8 @@ class RouterConfig:
         for field in ("num_selected_experts", "num_rounds", "sinkhorn_iterations", "num_expert_groups"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"RouterConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
+            if getattr(self, field) > _MOST:
+                raise ConfigError(f"RouterConfig.{field}", f"must be at most {_MOST}, got {getattr(self, field)}.")
         for field in ("weight_scale", "noise_std"):
             if getattr(self, field) <= 0:
                 raise ConfigError(f"RouterConfig.{field}", f"must be above 0, got {getattr(self, field)}.")

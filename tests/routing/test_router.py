@@ -110,6 +110,10 @@ def test_both_stacks_have_one_group_size() -> None:
             {"router": "hash", "exploration": "sample"},
             "exploration has no effect on the router 'hash'; it is for top_k",
         ),
+        (
+            {"router": "sinkhorn", "sinkhorn_iterations": 10**9},
+            "sinkhorn_iterations must be at most 65536, got 1000000000",
+        ),
         ({"num_rounds": 3}, "num_rounds has no effect on the router 'top_k'; it is for no_token_left_behind"),
         (
             {"router": "gshard_top_2", "sinkhorn_iterations": 4},
