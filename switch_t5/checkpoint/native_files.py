@@ -46,7 +46,7 @@ def _read(folder: Path, name: str, shape: tuple[int, ...], index: Index) -> np.n
         if tuple(opened.shape) != shape:
             raise ValueError(f"its shape is {tuple(opened.shape)} and not {shape}")
         chunk = tuple(opened.chunk_layout.read_chunk.shape or ())
-        if any(part > max(1, size) for size, part in zip(shape, chunk, strict=True)):
+        if any((part or 1) > max(1, size) for size, part in zip(shape, chunk, strict=True)):
             raise ValueError(f"its chunks are {chunk}")  # tensorstore would take the room of a whole one, and abort.
         return opened[index].read().result()
     except ValueError as error:
