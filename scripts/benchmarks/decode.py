@@ -68,7 +68,7 @@ def main() -> int:
         print(json.dumps(measure_peer(*json.loads(args.peer_row), repeats=args.repeats)))
         return 0
     if args.quick:
-        args.experts, args.batches, args.beams, args.repeats = "0,8", "1", "1", 2
+        args.experts, args.batches, args.beams, args.repeats = "8", "1", "1", 2
 
     def run(flag: str, *row: int, python: str = sys.executable) -> Any:
         found = in_process(__file__, f"--{flag}={json.dumps(row)}", f"--repeats={args.repeats}", python=python)

@@ -121,18 +121,11 @@ def test_without_capacity_a_mesh_trains_and_drops_out_as_one_device_does() -> No
     assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "data 2, expert 2, model 2",
-        pytest.param("expert 8", marks=pytest.mark.slow),
-        pytest.param("fsdp 2, expert 2, model 2", marks=pytest.mark.slow),
-    ],
-)
-def test_an_explicit_all_to_all_trains_and_drops_out_as_one_device_does(name: str) -> None:
+def test_an_explicit_all_to_all_trains_and_drops_out_as_one_device_does() -> None:
     assert WITH_DROPOUT.moe is not None
     config = dataclasses.replace(WITH_DROPOUT, moe=dataclasses.replace(WITH_DROPOUT.moe, exchange="all_to_all"))
-    assert_equal_within_rounding(run(MESHES[name], config), run(MeshConfig(num_devices=1), WITH_DROPOUT))
+    found = run(MESHES["data 2, expert 2, model 2"], config)
+    assert_equal_within_rounding(found, run(MeshConfig(num_devices=1), WITH_DROPOUT))
 
 
 @pytest.mark.slow
