@@ -38,7 +38,7 @@ from switch_t5.partitioning.rules import named_sharding, partitioned
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import RouterConfig
 
-BATCH, LENGTH, FEATURES, HIDDEN, EXPERTS = 4, 10, 4, 4, 12
+BATCH, LENGTH, FEATURES, HIDDEN, EXPERTS = 4, 10, 4, 2, 12
 """Experts in such number that a token of expert choice may have more of them than are gathered one by one."""
 CAPACITY_FACTOR = 3.5
 CAPACITY = 2
