@@ -119,8 +119,6 @@ class SparseLayer(nnx.Module):
             combined = self._apply_to_choices(x, routing.assignment, keys.experts, train=train)
         elif self._leaves_out_empty_slots():
             combined = self._apply_to_filled_slots(x, routing.assignment, keys.experts)
-        elif self.config.exchange == "all_to_all":
-            combined = self._exchange_slots(x, routing.assignment, keys.experts)
         else:
             combined = self._apply_to_slots(x, routing.assignment, keys.experts)
         if self.config.num_shared_experts:
@@ -177,45 +175,40 @@ class SparseLayer(nnx.Module):
 
     def _apply_to_slots(self, x: Array, assignment: Assignment, rng: Array | None) -> Array:
         """``[G, S, D]`` to ``[G, S, out]``, through slots ``[E, G, C, D]`` sharded by expert."""
+        shape = (self.config.num_experts, x.shape[0], assignment.capacity)
+        numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        if self.config.exchange == "constraints":
+            return self._through_slots(self.experts, x, assignment, numbers, rng)
+        graph, params = nnx.split(self.experts)
+        by_group = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)), assignment)
+        in_axes = (parameter_axes(params), (*TOKEN_AXES, self.in_axis), by_group, EXPERT_AXES, None)
+
+        def on_a_shard(params: nnx.State, *rest: Any) -> Array:
+            return self._through_slots(nnx.merge(graph, params), *rest)
+
+        return per_shard(on_a_shard, in_axes, (*TOKEN_AXES, self.out_axis))(params, x, assignment, numbers, rng)
+
+    def _through_slots(
+        self, experts: Any, x: Array, assignment: Assignment, numbers: Array, rng: Array | None
+    ) -> Array:
+        """:meth:`_apply_to_slots` of numbers ``[E, G, C]``: by constraints, or on a shard by what devices send."""
         method = dispatcher(self.config.dispatch)
         dispatched = constrain(method.dispatch(x, assignment), (*DISPATCHED_AXES, self.in_axis))
-        groups, experts, capacity, emb_dim = dispatched.shape
+        dispatched = exchange_shards(dispatched, "expert", split=1, join=0)
+        groups, num_experts, capacity, emb_dim = dispatched.shape
         by_expert = constrain(jnp.swapaxes(dispatched, 0, 1), (*EXPERT_AXES, self.in_axis))
-        outputs = self.experts(
-            by_expert.reshape(experts, groups * capacity, emb_dim),
+        outputs = experts(
+            by_expert.reshape(num_experts, groups * capacity, emb_dim),
             hidden_axes=("expert", "expert_batch", "expert_mlp"),
             dropout_rate=self.config.expert_dropout_rate,
             rng=rng,
-            numbers=jnp.arange(experts * groups * capacity, dtype=jnp.int32).reshape(experts, -1),
+            numbers=numbers.reshape(num_experts, groups * capacity),
         )
-        outputs = constrain(outputs.reshape(experts, groups, capacity, -1), (*EXPERT_AXES, self.out_axis))
-        outputs = constrain(jnp.swapaxes(outputs, 0, 1), (*DISPATCHED_AXES, self.out_axis))
-        return constrain(method.combine(outputs, assignment), (*TOKEN_AXES, self.out_axis))
-
-    def _exchange_slots(self, x: Array, assignment: Assignment, rng: Array | None) -> Array:
-        """:meth:`_apply_to_slots` as one device does it, which sends its slots and gets others' by itself."""
-        graph, params = nnx.split(self.experts)
-        method = dispatcher(self.config.dispatch)
-
-        def on_a_shard(params: nnx.State, x: Array, assignment: Assignment, numbers: Array, rng: Array | None) -> Array:
-            dispatched = exchange_shards(method.dispatch(x, assignment), "expert", split=1, join=0)
-            groups, experts, capacity, emb_dim = dispatched.shape
-            outputs = nnx.merge(graph, params)(
-                jnp.swapaxes(dispatched, 0, 1).reshape(experts, groups * capacity, emb_dim),
-                dropout_rate=self.config.expert_dropout_rate,
-                rng=rng,
-                numbers=numbers.reshape(experts, groups * capacity),
-            )
-            outputs = jnp.swapaxes(outputs.reshape(experts, groups, capacity, -1), 0, 1)
-            combined = method.combine(exchange_shards(outputs, "expert", split=0, join=1), assignment)
-            return sum_shards(combined, over=self.summed_axis)
-
-        shape = (self.config.num_experts, x.shape[0], assignment.capacity)
-        numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
-        by_group = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)), assignment)
-        token_axes, out_axes = (*TOKEN_AXES, self.in_axis), (*TOKEN_AXES, self.out_axis)
-        in_axes = (parameter_axes(params), token_axes, by_group, EXPERT_AXES, None)
-        return per_shard(on_a_shard, in_axes, out_axes)(params, x, assignment, numbers, rng)
+        outputs = constrain(outputs.reshape(num_experts, groups, capacity, -1), (*EXPERT_AXES, self.out_axis))
+        outputs = exchange_shards(jnp.swapaxes(outputs, 0, 1), "expert", split=0, join=1)
+        outputs = constrain(outputs, (*DISPATCHED_AXES, self.out_axis))
+        combined = sum_shards(method.combine(outputs, assignment), over=self.summed_axis)
+        return constrain(combined, (*TOKEN_AXES, self.out_axis))
 
     def _leaves_out_empty_slots(self) -> bool:
         """Whether slots are to be rows: one CPU device has no all-to-all, and multiplies as many rows as there are."""

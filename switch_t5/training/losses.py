@@ -141,14 +141,15 @@ def router_losses(stats: ModelStats, totals: Totals, config: LossConfig) -> tupl
         weights = dict.fromkeys(stacks, getattr(config, f"{name}_weight"))
         if name == "load_balance_loss" and config.decoder_load_balance_loss_weight is not None:
             weights |= {"decoder": config.decoder_load_balance_loss_weight}
-        if name in ("load_balance_loss", "router_z_loss") or any(weights.values()):
-            losses[name] = jnp.zeros(())
-            for which, stack in stacks.items():
-                tokens = getattr(totals, f"{which}_counted" if name == "load_balance_loss" else which)
-                share = scale * jnp.sum(getattr(stack, name)) / tokens
-                share = share / num_layers[which] if reduction == "stack_mean" else share
-                losses[name] += share
-                weighted += weights[which] * share
+        if name not in ("load_balance_loss", "router_z_loss") and not any(weights.values()):
+            continue
+        losses[name] = jnp.zeros(())
+        for which, stack in stacks.items():
+            tokens = getattr(totals, f"{which}_counted" if name == "load_balance_loss" else which)
+            share = scale * jnp.sum(getattr(stack, name)) / tokens
+            share = share / num_layers[which] if reduction == "stack_mean" else share
+            losses[name] += share
+            weighted += weights[which] * share
     return weighted, losses
 
 
