@@ -24,6 +24,7 @@ from typing import Any
 from timing import in_process, report
 
 MODEL = ("models/switch_base_e8.gin", "runs/pretrain.gin")
+AXES = ("expert", "data", "fsdp")
 LENGTHS = {"inputs": 512, "targets": 128}
 SEQUENCES = 8
 """Of a device: one routing group."""
@@ -34,9 +35,9 @@ EXPERTS = 2
 def main() -> int:
     """Runs the rows that the flags ask for and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--axes", default="expert,data,fsdp", help="of the mesh; each grows alone")
+    parser.add_argument("--axes", default=",".join(AXES), help="of the mesh; each grows alone")
     parser.add_argument("--devices", default="1,2,4,8,64,512", help="of each axis")
-    parser.add_argument("--quick", action="store_true", help="a few devices and layers, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="1 and 4 devices of one axis, to see that it runs")
     parser.add_argument("--json", help="where to write the rows; - is standard output")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args, bindings = parser.parse_known_args()
@@ -46,6 +47,9 @@ def main() -> int:
         axis, devices = json.loads(args.row)
         print(json.dumps(measure(axis, devices, [flag.removeprefix("--gin.") for flag in bindings])))
         return 0
+    for axis in args.axes.split(","):
+        if axis not in AXES:
+            parser.error(f"--axes must be some of {', '.join(AXES)}, got {axis!r}.")
     if args.quick:
         args.axes, args.devices = "expert", "1,4"
     rows = [
@@ -94,7 +98,7 @@ def measure(axis: str, devices: int, bindings: list[str]) -> dict[str, Any]:
     arguments = argparse.Namespace(gin_file=MODEL, gin_search_paths=(), gin_bindings=[*sizes, *bindings])
     spec = RunSpec.read(load(arguments))
     workload, _ = workload_of(spec)
-    mesh = MeshShape(**({"data": 1, "expert": 1, "model": 1, "fsdp": 1} | {axis: devices}))
+    mesh = MeshShape(1, 1, 1)._replace(**{axis: devices})
     planned = plan_mesh(workload, parse_devices(f"cpu:{devices}"), mesh)
     run = Run(spec_on(spec, workload, mesh))
     start = time.perf_counter()
