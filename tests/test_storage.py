@@ -8,7 +8,7 @@ import os
 import pytest
 
 from switch_t5.errors import UserError
-from switch_t5.storage import storage_errors, writable_directory
+from switch_t5.storage import FAILING, storage_errors, writable_directory
 
 
 def test_a_writable_directory_is_made_with_its_parents_and_left_empty(tmp_path):
@@ -62,7 +62,14 @@ def test_the_cause_of_an_error_counts():
         raise error
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "io"), KeyError("x")])
+@pytest.mark.parametrize("number", FAILING)
+def test_a_disk_that_is_out_of_order_is_the_users_to_mend(number):
+    with pytest.raises(UserError) as caught, storage_errors("Saving", "nothing is lost"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"Saving failed ({os.strerror(number)}): see to that disk; nothing is lost."
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EINVAL, "invalid"), KeyError("x")])
 def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as caught, storage_errors("Saving"):
         raise error
