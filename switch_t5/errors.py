@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 class UserError(Exception):
@@ -50,9 +51,12 @@ def check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _is_a(value, hints[field.name]):
+            described = _describe(hints[field.name])
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                described = described.replace("a number", "a number that float32 holds")
             raise ConfigError(
                 f"{type(config).__name__}.{field.name}",
-                f"must be {_describe(hints[field.name])}, got {value!r}.{_nearest_choice(value, hints[field.name])}",
+                f"must be {described}, got {value!r}.{_nearest_choice(value, hints[field.name])}",
             )
 
 
@@ -69,20 +73,13 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT32
     if origin in (tuple, Sequence):
         item = typing.get_args(hint)[0]
         return isinstance(value, tuple | list) and all(_is_a(entry, item) for entry in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
     return isinstance(value, hint) if isinstance(hint, type) else callable(value)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # An int that no float holds.
-        return False
 
 
 def _nearest_choice(value: Any, hint: Any) -> str:

@@ -97,6 +97,9 @@ def test_both_stacks_have_one_group_size() -> None:
         ({"num_selected_experts": 0}, "num_selected_experts must be at least 1, got 0"),
         ({"router": "top_j"}, "router must be one of"),
         ({"noise_std": 0.0}, "noise_std must be above 0, got 0.0"),
+        ({"noise_std": float("inf")}, "noise_std must be a number that float32 holds, got inf"),
+        ({"noise_std": 1e300}, "noise_std must be a number that float32 holds, got 1e\\+300"),
+        ({"noise_std": True}, "noise_std must be a number, got True"),
         ({"bias_update_rate": -1.0, "router": "sigmoid_top_k"}, "bias_update_rate must not be negative, got -1.0"),
         (
             {"router": "sigmoid_top_k", "num_expert_groups": 2, "num_limited_groups": 3},
