@@ -230,11 +230,11 @@ def shard_rows(rows: Iterable[int], owned: Iterable[int] = ()) -> BatchRows:
 
 
 def test_a_batch_is_its_shards_rows_whoever_reads_them(config: DataConfig) -> None:
-    config = dataclasses.replace(config, batch_size=8, num_shards=4)
+    config = dataclasses.replace(config, batch_size=8, num_shards=2)
     whole = take(BatchIterator(config, repeat=True), 3)
-    for held in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 2], [7], [0, 3, 4]):
+    for held in ([0, 1, 2, 3], [7], [1, 3, 4]):
         iterator = BatchIterator(config, repeat=True, rows=shard_rows(held))
-        assert iterator.positions == [f"{shard}_of_4" for shard in sorted({row // 2 for row in held})]
+        assert iterator.positions == [f"{shard}_of_2" for shard in sorted({row // 4 for row in held})]
         assert digest(take(iterator, 3)) == digest(
             {key: value[held] for key, value in batch.items()} for batch in whole
         )
