@@ -270,7 +270,7 @@ def test_a_wrong_number_is_refused_by_name(field: str, value: Any, message: str)
 
 
 def test_an_integer_that_no_float_holds_is_no_number() -> None:
-    with pytest.raises(ConfigError, match=r"^MoEConfig\.train_capacity_factor must be a number that float32 holds, got 1000"):
+    with pytest.raises(ConfigError, match=r"^MoEConfig\.train_capacity_factor must be a number that float32 holds"):
         MoEConfig(4, train_capacity_factor=10**400)
 
 
