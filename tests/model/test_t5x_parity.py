@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switch_t5.inference.config import DecodingConfig
+from switch_t5.inference.decoding import decode
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
@@ -156,3 +158,34 @@ def test_a_scanned_checkpoint_gives_its_logits_and_losses_scanned_or_not(
         theirs = [golden[key] for key in sorted(golden) if f"{kind}_sown/{stack}" in key and "auxiliary_loss" in key]
         assert theirs, [key for key in golden if "sown" in key]
         np.testing.assert_allclose(np.sort(means["load_balance_loss"]), np.sort(np.ravel(theirs)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "config"), [("switch_tiny", CONFIG), ("switch_tiny_scan", SCANNED)])
+def test_greedy_decodes_beams_and_scores_agree(name: str, config: TransformerConfig) -> None:
+    """The decodes are one token again and again, or the end at once: they show little. The scores are of targets.
+
+    The stored beams of ``switch_tiny`` are its greedy decodes, to which two beams are not held.
+    """
+    with np.load(GOLDEN / f"{name}_golden.npz") as arrays:
+        golden = dict(arrays)
+    # The encoder's tokens compete; of the decoder's there is one at a time, and a slot for each.
+    assert CONFIG.moe is not None
+    config = dataclasses.replace(config, decoder_moe=dataclasses.replace(CONFIG.moe, dispatch="dropless"))
+    params, batch = params_of(GOLDEN / name / "checkpoint_5", config), batch_of(golden, "in_")
+    tokens = batch["encoder_input_tokens"]
+    kinds = {"greedy": DecodingConfig()} | ({} if name == "switch_tiny" else {"beam": DecodingConfig(num_beams=2)})
+    for kind, how in kinds.items():
+        expected = golden[f"{kind}_predict_tokens"]
+        call = functools.partial(decode, Model(config), config=how, max_length=expected.shape[1], eos_id=1)
+        found = jax.jit(call)(params, tokens, np.arange(len(tokens))).tokens[:, 0]
+        np.testing.assert_array_equal(found, expected, err_msg=kind)
+
+    @jax.jit
+    def score(params: Params, batch: dict[str, Array]) -> Array:
+        module = Model(dataclasses.replace(config, decoder_moe=None)).bind(params)
+        hidden, _ = module(batch)
+        by_target = jax.nn.log_softmax(logits(hidden, module.output_kernel()))
+        chosen = jnp.take_along_axis(by_target, batch["decoder_target_tokens"][..., None], axis=-1)[..., 0]
+        return jnp.sum(chosen * batch["decoder_loss_weights"], axis=-1)
+
+    np.testing.assert_allclose(score(params, batch), golden["score_batch"], rtol=2e-6)
