@@ -50,9 +50,7 @@ def test_a_floor_and_a_rounding_are_those_of_the_sources_float_to_the_last_bit()
 @pytest.mark.parametrize("field", ["train_capacity_factor", "eval_capacity_factor"])
 def test_a_factor_beyond_any_number_of_experts_is_refused(field: str) -> None:
     factor: dict[str, Any] = {field: 1e38}
-    with pytest.raises(
-        ConfigError, match=rf"MoEConfig.{field} must be at most 1e\+06, got 1e\+38; num_experts, 8, is"
-    ):
+    with pytest.raises(ConfigError, match=rf"MoEConfig.{field} must be at most 1e\+06, got 1e\+38; num_experts, 8, is"):
         MoEConfig(8, **factor)
     largest = MoEConfig(8, **{field: 1e6})
     assert largest.capacity(4096, train=field.startswith("train")) == 4096
