@@ -67,6 +67,11 @@ class Architecture:
             relpos_per_layer=config.relpos_per_layer,
         )
 
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Those of every released model with such feed-forwards; no array tells which a model has."""
+        return ("gelu", "linear") if self.gated else ("relu",)
+
     def config(self, moe: MoEConfig | None = None) -> TransformerConfig:
         """A configuration of this architecture, in float32.
 
@@ -81,7 +86,7 @@ class Architecture:
             mlp_dim=self.mlp_dim,
             num_encoder_layers=len(self.encoder),
             num_decoder_layers=len(self.decoder),
-            mlp_activations=_activations(self.gated),
+            mlp_activations=self.activations,
             tied_logits=self.tied_logits,
             relpos_num_buckets=self.relpos_num_buckets,
             relpos_per_layer=self.relpos_per_layer,
@@ -137,7 +142,7 @@ class Architecture:
             "TransformerConfig.mlp_dim": self.mlp_dim,
             "TransformerConfig.num_encoder_layers": len(self.encoder),
             "TransformerConfig.num_decoder_layers": len(self.decoder),
-            "TransformerConfig.mlp_activations": _activations(self.gated),
+            "TransformerConfig.mlp_activations": self.activations,
             "TransformerConfig.tied_logits": self.tied_logits,
             "TransformerConfig.relpos_num_buckets": self.relpos_num_buckets,
         }
@@ -165,10 +170,6 @@ class Architecture:
         elif self.encoder_experts or self.decoder_experts:
             lines.append("TransformerConfig.moe = @MoEConfig()")
         return "\n".join(lines) + "\n"
-
-
-def _activations(gated: bool) -> tuple[str, ...]:
-    return ("gelu", "linear") if gated else ("relu",)
 
 
 def _layout(pattern: tuple[bool, ...]) -> int | str | tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import errno
@@ -24,6 +25,7 @@ from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.fingerprint import Running, as_text
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import write_huggingface
+from switch_t5.checkpoint.load import untold
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
 from switch_t5.checkpoint.stored_arrays import Index, Produce, StoredArray, pieces
@@ -69,7 +71,7 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     """
     architecture = source.architecture
     if form != NATIVE:
-        _check_distance(source)
+        _check_what_no_array_tells(source)
     layout, periods = _layout(architecture, form, scanned)
     moments = source.moments if form != HUGGING_FACE and source.moments else None
     places = layout.place(architecture, periods, moments)
@@ -88,18 +90,20 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     return Target(path, form, places, arrays, moments is not None)
 
 
-def _check_distance(source: Recognised) -> None:
-    """Refuses a run of ours with other position buckets than the released models': no array tells of them."""
+def _check_what_no_array_tells(source: Recognised) -> None:
+    """Refuses a run of ours with other position buckets or activations than the released models'."""
     checkpoint = source.reader.checkpoint
-    if checkpoint.format != NATIVE:
-        return
     run = Path(checkpoint.path).parents[1] / "config.gin"
-    if run.is_file():
-        found = re.search(r"^TransformerConfig\.relpos_max_distance = (\d+)", run.read_text(), re.MULTILINE)
-        if found and int(found[1]) != huggingface.MAX_DISTANCE:
+    if checkpoint.format != NATIVE or not run.is_file():
+        return
+    text = run.read_text()
+    for name, read_with in untold(source.architecture).items():
+        found = re.search(rf"^TransformerConfig\.{name} = (.+)$", text, re.MULTILINE)
+        value = found and ast.literal_eval(found[1])
+        if found and (tuple(value) if isinstance(value, list) else value) != read_with:
             raise UserError(
-                f"{run} has TransformerConfig.relpos_max_distance = {found[1]}, and models of the other formats are "
-                f"read with {huggingface.MAX_DISTANCE}: only --format=native keeps what it computes."
+                f"{run} has TransformerConfig.{name} = {value!r}, and models of the other formats are read with "
+                f"{read_with!r}: only --format=native keeps what it computes."
             )
 
 
@@ -125,8 +129,8 @@ def _layout(architecture: Architecture, form: str, scanned: bool) -> tuple[Layou
 
 def _array(source: Recognised, entry: Placed, dtype: str | None) -> StoredArray:
     """An array of the target; a part of it is read from the source when it is asked for."""
-    stored = source.reader.stored(entry.parameter)[0].dtype
-    kept = np.dtype(stored) if dtype is None or "@" in entry.parameter else jnp.dtype(dtype)
+    stored = source.reader.dtype(entry.parameter)
+    kept = stored if dtype is None or "@" in entry.parameter else jnp.dtype(dtype)
 
     def read(index: Index) -> np.ndarray:
         return convert(source.reader, entry, source.architecture, index).astype(kept, copy=False)
@@ -152,6 +156,7 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
     untouched = storage_errors(f"Writing {target.path}", "what stood there before is untouched")
     with _partial(target.path) as partial, untouched:
         certificate = _fill(partial, source, target, tokenizer)
+        os.sync()  # Once, and not for each of thousands of files; what gets its name after it is on the disk.
         _put_in_place(partial, target.path)
     return certificate
 

@@ -117,7 +117,7 @@ def recognised(checkpoint: OpenCheckpoint, *, optimizer: bool = True) -> Recogni
     else:
         assert checkpoint.config is not None
         expected = huggingface.architecture_of(checkpoint.config, checkpoint.path, len(arrays))
-        kept = huggingface.without_copies(arrays, expected, checkpoint.path)
+        kept = huggingface.without_copies(arrays, checkpoint.config, expected, checkpoint.path)
         layouts = huggingface.LAYOUTS
     found = recognise(dataclasses.replace(checkpoint, arrays=kept), layouts, expected=expected)
     check_whole(found)

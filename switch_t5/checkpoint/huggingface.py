@@ -103,7 +103,7 @@ def architecture_of(config: Mapping[str, Any], path: str, num_arrays: int) -> Ar
       UserError: it is of another kind of model, lacks a number, or computes something that ours does not.
     """
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(
             f"{path}/config.json describes a model of type {kind!r}: {', '.join(ARCHITECTURES)} can be read."
         )
@@ -142,8 +142,17 @@ def architecture_of(config: Mapping[str, Any], path: str, num_arrays: int) -> Ar
         encoder_experts=experts if any(encoder) else 0,
         decoder_experts=experts if any(decoder) else 0,
         gated=activation.startswith("gated"),
-        tied_logits=bool(config.get("tie_word_embeddings", kind != MT5)),
+        tied_logits=_scales_tied_logits(config),
     )
+
+
+def _scales_tied_logits(config: Mapping[str, Any]) -> bool:
+    """Whether logits are the embedding's, divided by the root of its width, as in T5 v1.0.
+
+    transformers 5 writes of every T5 that its embeddings are tied, and apart whether it divides. An mT5 never does.
+    """
+    tied = config.get("tie_word_embeddings") is not False
+    return {T5: bool(config.get("scale_decoder_outputs", tied)), SWITCH: tied, MT5: False}[config["model_type"]]
 
 
 def _count(config: Mapping[str, Any], name: str, path: str, default: int | None = None, least: int = 1) -> int:
@@ -214,10 +223,13 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
 
 
-def without_copies(arrays: Mapping[str, StoredArray], architecture: Architecture, path: str) -> dict[str, StoredArray]:
+def without_copies(
+    arrays: Mapping[str, StoredArray], config: Mapping[str, Any], architecture: Architecture, path: str
+) -> dict[str, StoredArray]:
     """The arrays less copies of tied ones, the embedding by its own name, and what transformers ignores too.
 
-    Copies are compared before the embedding is first read.
+    Copies are compared before the embedding is first read. Where logits are the embedding's as they are, which ours
+    are not, the output kernel is a copy of it.
 
     Raises:
       UserError: a copy has another shape; later, when the embedding is read, another number.
@@ -227,6 +239,8 @@ def without_copies(arrays: Mapping[str, StoredArray], architecture: Architecture
     same = [name for name in (_EMBEDDING, *copies) if name in arrays]
     if same:
         kept[_EMBEDDING] = _compared(arrays, same, path)
+    if not architecture.tied_logits and config.get("tie_word_embeddings", True) and _EMBEDDING in kept:
+        kept.setdefault(HEAD, kept[_EMBEDDING])
     return kept
 
 

@@ -56,6 +56,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointDamaged(f"{file} is missing: {file.parent} is no whole Hugging Face model.") from None
+    except OSError as error:
+        raise CheckpointDamaged(f"{file} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{file} is damaged: it is no JSON ({str(error)[:100]}).") from error
     if not isinstance(value, dict):

@@ -51,7 +51,7 @@ def fitting(path: str, config: TransformerConfig, *, optimizer: bool = True) -> 
     """
     wanted = Architecture.of(config)
     recognised = read_checkpoint(path, optimizer=optimizer)
-    check_distance(recognised, config)
+    check_untold(recognised, config)
     differences = recognised.architecture.differences(wanted)
     if differences:
         gin = gin_flags(recognised.architecture)
@@ -59,17 +59,26 @@ def fitting(path: str, config: TransformerConfig, *, optimizer: bool = True) -> 
     return recognised
 
 
-def check_distance(source: Recognised, config: TransformerConfig) -> None:
-    """Checks what no array tells: that a Hugging Face model's position biases are read by the distances it learned.
+def untold(architecture: Architecture) -> dict[str, Any]:
+    """What of a model's configuration no array tells, with the values that every released model has."""
+    return {"relpos_max_distance": MAX_DISTANCE, "mlp_activations": architecture.activations}
+
+
+def check_untold(source: Recognised, config: TransformerConfig) -> None:
+    """Checks what no array of a Hugging Face model tells, but its own configuration does.
 
     Raises:
-      UserError: the configuration has others.
+      UserError: the configuration here has another value.
     """
-    if source.reader.checkpoint.format == HUGGING_FACE and config.relpos_max_distance != MAX_DISTANCE:
-        raise UserError(
-            f"TransformerConfig.relpos_max_distance is {MAX_DISTANCE} in {source.reader.checkpoint.path} and "
-            f"{config.relpos_max_distance} here: set it to {MAX_DISTANCE}."
-        )
+    if source.reader.checkpoint.format != HUGGING_FACE:
+        return
+    for name, theirs in untold(source.architecture).items():
+        ours = getattr(config, name)
+        if ours != theirs and (name != "mlp_activations" or len(ours) == len(theirs)):
+            raise UserError(
+                f"TransformerConfig.{name} is {theirs!r} in {source.reader.checkpoint.path} and {ours!r} here: set it "
+                f"to {theirs!r}."
+            )
 
 
 def gin_flags(architecture: Architecture) -> str:

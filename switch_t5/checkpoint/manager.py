@@ -160,13 +160,14 @@ class Checkpointer:
 
         from switch_t5.checkpoint.data_positions import DataPositionsSave
         from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
+        from switch_t5.checkpoint.orbax_manager import in_pieces
 
         if step in self._manager.all_steps():
             return False
         leaves = naming.named_leaves(state)
         copies = snapshot.held(leaves)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(naming.nest(copies)),
+            state=in_pieces(copies),
             data=DataPositionsSave(data_state),
             manifest=ManifestSave(snapshot.fingerprints(leaves, copies)),
         )

@@ -2,7 +2,7 @@
 
 The manifest is an item of Orbax's, and the last to be finished: when it is written every other file of the checkpoint
 is there under a temporary name, and all of them get their final name together. It has each array's fingerprint, each
-file's size and, of files below a megabyte, the CRC-32; larger files hold nothing but arrays.
+file's size and its CRC-32, but for large ones that hold nothing but arrays.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ PROMISE = {"manifest": True}
 """Stands in the metadata of a checkpoint that has a manifest: one that lost it is no older one."""
 _FILE = "manifest.json"
 _SMALL = 1 << 20
+_ARRAYS = "d"
+"""Folders of this name are OCDBT's, of values; in small ones lie its nodes too."""
+_BLOCK = 1 << 20
 _METADATA = "_CHECKPOINT_METADATA"
 # Orbax writes these after every item; they hold times and the promise.
 _LATER = (_METADATA, "commit_success.txt")
@@ -37,6 +40,7 @@ class ManifestHandler(ocp.CheckpointHandler):
 
     def __init__(self) -> None:
         self._produce: Callable[[], Mapping[str, Any]] | None = None
+        self._written: Path | None = None
 
     def save(self, directory: epath.Path, args: ManifestSave) -> None:
         """Remembers the fingerprints: they are still being computed."""
@@ -55,6 +59,18 @@ class ManifestHandler(ocp.CheckpointHandler):
             file.write(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
             file.flush()
             os.fsync(file.fileno())
+        self._written = checkpoint
+
+    def check_written(self) -> None:
+        """Checks the files of the checkpoint that is about to get its name, after which older ones are deleted.
+
+        Raises:
+          CheckpointDamaged: the disk has not what it was given.
+        """
+        if self._written is not None:
+            manifest = read_manifest(self._written)
+            assert manifest is not None
+            check_files(self._written, manifest)
 
     def restore(self, directory: epath.Path, args: Any = None) -> None:
         """Manifests are read by :func:`read_manifest`."""
@@ -79,7 +95,7 @@ class Manifest:
 
     Attributes:
       arrays: the fingerprint of each by name, as :func:`switch_t5.checkpoint.fingerprint.as_text` writes it.
-      files: size and, of small ones, CRC-32, by path in the checkpoint.
+      files: size and, but for large ones of arrays, CRC-32, by path in the checkpoint.
     """
 
     arrays: Mapping[str, str]
@@ -116,23 +132,8 @@ def _is_promised(checkpoint: Path) -> bool:
         return True  # Nothing says that there was none.
 
 
-def check_written(directory: Path) -> None:
-    """Checks the files of a checkpoint that is about to get its name, after which older ones are deleted.
-
-    Args:
-      directory: of all checkpoints of the run.
-
-    Raises:
-      CheckpointDamaged: the disk has not what it was given.
-    """
-    for folder in directory.glob(f"*{_TEMPORARY}*"):
-        manifest = read_manifest(folder)
-        assert manifest is not None
-        check_files(folder, manifest)
-
-
 def check_files(checkpoint: Path, manifest: Manifest) -> None:
-    """Checks that each file is there, as long as it was, and the small ones bit for bit.
+    """Checks that each file is there, as long as it was, and all but large ones of arrays bit for bit.
 
     Raises:
       CheckpointDamaged: names the first that is not.
@@ -169,9 +170,14 @@ def _files(checkpoint: Path) -> dict[str, tuple[int, str | None]]:
         parts = [part.split(_TEMPORARY)[0] for part in path.relative_to(checkpoint).parts]
         if path.is_file() and parts[0] != ITEM and parts[-1] not in _LATER:
             size = path.stat().st_size
-            found["/".join(parts)] = (size, _checksum(path) if size <= _SMALL else None)
+            holds_arrays_alone = parts[-2] == _ARRAYS and size > _SMALL
+            found["/".join(parts)] = (size, None if holds_arrays_alone else _checksum(path))
     return found
 
 
 def _checksum(path: Path) -> str:
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            found = zlib.crc32(block, found)
+    return f"{found:08x}"

@@ -39,7 +39,7 @@ def open_native(directory: Path, step: int, leaves: dict[str, Any]) -> OpenCheck
 
 def _read(folder: Path, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
     # Opened at each reading: a thousand open arrays would hold their caches.
-    base = f"file://{folder / 'state'}/"
+    base = {"driver": "file", "path": f"{folder / 'state'}/"}
     store = {"driver": "ocdbt", "base": base, "path": name.replace(SEPARATOR, _NAME_SEPARATOR) + "/"}
     try:
         opened = ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()

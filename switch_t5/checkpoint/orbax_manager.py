@@ -5,15 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.data_positions import DataPositionsHandler, DataPositionsRestore, DataPositionsSave
-from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave, check_written
+from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave
 from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
+
+_CHUNK_BYTES = 1 << 26
+"""Of the pieces that arrays are stored in: who reads a part of one, as conversions do, need not read the whole."""
+
+
+def in_pieces(arrays: Mapping[str, Any]) -> ocp.args.PyTreeSave:
+    """The state to save, of arrays by their names."""
+    pieces = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+    return ocp.args.PyTreeSave(naming.nest(arrays), save_args=naming.nest(pieces))
 
 
 def make_manager(
@@ -43,7 +54,7 @@ def make_manager(
     handlers.add("data", DataPositionsRestore, data)
     manifest = ManifestHandler()
     handlers.add("manifest", ManifestSave, manifest)
-    before_commit = None if read_only else functools.partial(check_written, directory)
+    before_commit = None if read_only else manifest.check_written
     options = manager_options(config, read_only=read_only, before_commit=before_commit)
     return ocp.CheckpointManager(directory, handler_registry=handlers, options=options)
 

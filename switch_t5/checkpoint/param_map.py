@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from jax import numpy as jnp
 
 from switch_t5.checkpoint.architecture import STACKS, Architecture
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray
@@ -183,10 +185,6 @@ class Layout:
     rules: tuple[Rule, ...]
     scanned: tuple[str, ...] = ()
 
-    def rule(self, parameter: str) -> Rule | None:
-        """The rule of a parameter, or None."""
-        return next((rule for rule in self.rules if rule.parameter == parameter), None)
-
     def place(
         self, architecture: Architecture, periods: Mapping[str, int], moments: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, Placed]:
@@ -256,6 +254,10 @@ class Reader:
         """The arrays that hold a parameter."""
         return [self.checkpoint.arrays[entry.name] for entry in self._by_parameter[parameter]]
 
+    def dtype(self, parameter: str) -> np.dtype:
+        """One that rounds nothing, where the arrays of blocks and experts have several."""
+        return functools.reduce(jnp.promote_types, {array.dtype for array in self.stored(parameter)})
+
     def read(self, parameter: str, layers: tuple[int, ...], region: Mapping[str, slice]) -> np.ndarray:
         """Reads a part of a parameter.
 
@@ -269,9 +271,8 @@ class Reader:
         """
         axes = axes_of(parameter)
         shape = (max(1, len(layers)), *(region[axis].stop - region[axis].start for axis in axes))
-        entries = self._by_parameter[parameter]
-        result = np.empty(shape, self.checkpoint.arrays[entries[0].name].dtype)
-        for entry in entries:
+        result = np.empty(shape, self.dtype(parameter))
+        for entry in self._by_parameter[parameter]:
             self._fill(result, entry, axes, layers, region)
         return result
 

@@ -22,7 +22,6 @@ class Recognised(NamedTuple):
       reader: its parameters, to be read.
       layout: the table.
       architecture: the model.
-      periods: blocks in a scanned period by stack.
       moments: the kinds of moments by parameter; empty without an optimizer, or with one that no table knows.
       unknown_optimizer: whether there is one that no table knows.
     """
@@ -30,7 +29,6 @@ class Recognised(NamedTuple):
     reader: Reader
     layout: Layout
     architecture: Architecture
-    periods: dict[str, int]
     moments: dict[str, tuple[str, ...]]
     unknown_optimizer: bool = False
 
@@ -62,7 +60,7 @@ def recognise(
     moments = best.moments()
     placed = best.layout.place(architecture, periods, moments)
     check_names(checkpoint, placed, _described(best.layout, architecture))
-    return Recognised(Reader(checkpoint, placed, architecture), best.layout, architecture, periods, moments)
+    return Recognised(Reader(checkpoint, placed, architecture), best.layout, architecture, moments)
 
 
 def _described(layout: Layout, architecture: Architecture) -> str:

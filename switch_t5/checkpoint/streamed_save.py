@@ -12,16 +12,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.data_positions import DataPositionsSave
 from switch_t5.checkpoint.fingerprint import Running
 from switch_t5.checkpoint.manager import DIRECTORY
 from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
-from switch_t5.checkpoint.orbax_manager import make_manager
+from switch_t5.checkpoint.orbax_manager import in_pieces, make_manager
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.stored_arrays import Produce, StoredArray, writable_chunks
-
-_CHUNK_BYTES = 1 << 26
 
 
 @dataclasses.dataclass
@@ -79,10 +76,8 @@ def save_streamed(
     for name, value in scalars.items():
         leaves[name] = _Streamed(value.shape, value.dtype, lambda index, value=value: value)
     registry = type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler()))
-    tree = naming.nest(leaves)
-    chunks = naming.nest({name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in leaves})
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(tree, save_args=chunks),
+        state=in_pieces(leaves),
         data=DataPositionsSave({}),
         manifest=ManifestSave(lambda: {name: leaf.running.sums for name, leaf in leaves.items()}),
     )

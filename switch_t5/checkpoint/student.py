@@ -12,7 +12,7 @@ from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.format_names import NATIVE
 from switch_t5.checkpoint.formats import read_checkpoint
-from switch_t5.checkpoint.load import check_distance, gin_flags, native_places, placed_arrays
+from switch_t5.checkpoint.load import check_untold, gin_flags, native_places, placed_arrays
 from switch_t5.checkpoint.param_map import Placed, Reader, convert
 from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint, StoredArray
 from switch_t5.errors import UserError
@@ -32,7 +32,7 @@ def start_student(path: str, config: TransformerConfig, drawn: Params) -> Params
       UserError: there is no checkpoint, it is damaged, or not the student with experts.
     """
     teacher = read_checkpoint(path, optimizer=False)
-    check_distance(teacher, config)
+    check_untold(teacher, config)
     wanted = Architecture.of(config)
     differences = teacher.architecture.dense.differences(wanted)
     if differences:

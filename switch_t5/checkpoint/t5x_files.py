@@ -42,8 +42,10 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint3
 
 def key_value_store(path: str) -> ts.KvStore:
     """The files below a folder, local or ``gs://``."""
-    url = path if "://" in path else f"file://{os.path.abspath(path)}"
-    return ts.KvStore.open(url.rstrip("/") + "/").result()
+    if "://" in path:
+        return ts.KvStore.open(path.rstrip("/") + "/").result()
+    # A URL would give some characters of a name a meaning.
+    return ts.KvStore.open({"driver": "file", "path": f"{os.path.abspath(path)}/"}).result()
 
 
 def open_t5x(path: str) -> OpenCheckpoint:
@@ -64,10 +66,12 @@ def open_t5x(path: str) -> OpenCheckpoint:
         if isinstance(leaf, np.ndarray):
             arrays[name] = StoredArray(leaf.shape, leaf.dtype, functools.partial(_part, leaf))
             continue
-        folder, array, chunks = _described(path, name, leaf)
+        folder, array, grid = _described(path, name, leaf)
         arrays[name] = array
-        lacking = [chunk for chunk in (".zarray", *chunks) if f"{folder}/{chunk}" not in files]
-        missing += [folder] if lacking else []
+        # More chunks than there are files are not all there; what an index says of them is not to be counted up.
+        chunks = (".".join(map(str, at)) for at in np.ndindex(*grid))
+        if math.prod(grid) > len(files) or not all(f"{folder}/{file}" in files for file in (".zarray", *chunks)):
+            missing.append(folder)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointDamaged(
@@ -132,8 +136,8 @@ def _leaves(node: Any, path: str, prefix: str = "") -> Iterator[tuple[str, Any]]
         yield from _leaves(inner, path, f"{prefix}/{name}" if prefix else str(name))
 
 
-def _described(path: str, name: str, leaf: Mapping[str, Any]) -> tuple[str, StoredArray, list[str]]:
-    """An array's folder, the array, and the files of its chunks."""
+def _described(path: str, name: str, leaf: Mapping[str, Any]) -> tuple[str, StoredArray, tuple[int, ...]]:
+    """An array's folder, the array, and how many chunks it has along each dim."""
     metadata = leaf.get("metadata")
     store = leaf.get("kvstore")
     folder = (store.get("path") if isinstance(store, Mapping) else None) or leaf.get("path")
@@ -147,14 +151,12 @@ def _described(path: str, name: str, leaf: Mapping[str, Any]) -> tuple[str, Stor
     if shape is None or chunk is None or len(shape) != len(chunk) or 0 in chunk or dtype not in _DTYPES:
         raise CheckpointDamaged(f"{path}/{INDEX} is damaged: it gives {name} shape {metadata.get('shape')!r}.")
     large = any(part > max(1, size) for size, part in zip(shape, chunk, strict=True)) or math.prod(chunk) > 1 << 32
-    if large or math.prod(shape) > 1 << 42 or math.prod(map(_ceil, shape, chunk)) > 1 << 24:
+    if large or math.prod(shape) > 1 << 42:
         raise UserError(
             f"{path}/{INDEX} gives {name} the shape {shape} in chunks of {chunk}, larger than any model's: refused."
         )
-    grid = np.ndindex(*map(_ceil, shape, chunk))
-    chunks = [".".join(map(str, at)) for at in grid]
     read = functools.partial(_read, path, folder, shape, chunk)
-    return folder, StoredArray(shape, jnp.dtype(dtype), read), chunks
+    return folder, StoredArray(shape, jnp.dtype(dtype), read), tuple(map(_ceil, shape, chunk))
 
 
 def _ceil(size: int, part: int) -> int:
@@ -210,7 +212,6 @@ def write_t5x(
     for name, value in scalars.items():
         _insert(tree, name, _inline(value))
     packed = msgpack.packb({"version": VERSION, "optimizer": tree}, use_bin_type=True)
-    os.sync()  # Once, and not for each of thousands of files; the index is written when all else is on the disk.
     key_value_store(folder).write(INDEX, packed).result()
 
 

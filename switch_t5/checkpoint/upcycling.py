@@ -20,7 +20,7 @@ from switch_t5.checkpoint import naming, native_layout
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.formats import read_checkpoint
 from switch_t5.checkpoint.load import (
-    check_distance,
+    check_untold,
     gin_flags,
     native_places,
     no_adafactor,
@@ -103,7 +103,7 @@ def _dense_checkpoint(path: str, config: TransformerConfig, *, optimizer: bool) 
     """Opens a checkpoint of the dense model that a sparse one is to begin as."""
     wanted = Architecture.of(config).dense
     source = read_checkpoint(path, optimizer=optimizer)
-    check_distance(source, config)
+    check_untold(source, config)
     found = source.architecture
     if any(found.encoder + found.decoder):
         experts = max(found.encoder_experts, found.decoder_experts)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from switch_t5.errors import UserError
+from switch_t5.storage import storage_errors
 
 _NAME = ".writer"
 
@@ -18,9 +19,10 @@ class WriterLock:
         """Takes the lock.
 
         Raises:
-          UserError: another process, or another checkpointer of this one, has it.
+          UserError: another process, or another checkpointer of this one, has it; or the folder is another's.
         """
-        self._file = open(directory / _NAME, "a+")  # noqa: SIM115 (it stays open)
+        with storage_errors(f"Writing {directory / _NAME}"):
+            self._file = open(directory / _NAME, "a+")  # noqa: SIM115 (it stays open)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from switch_t5.checkpoint import t5x as t5x_tables
 from switch_t5.checkpoint.conversion import plan, write
-from switch_t5.checkpoint.formats import format_of, read_checkpoint
+from switch_t5.checkpoint.formats import format_of, open_checkpoint, read_checkpoint
 from switch_t5.checkpoint.load import load_params
 from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.checkpoint.recognition import recognise
@@ -31,7 +31,7 @@ from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, OpenCheckpoint
 from switch_t5.errors import UserError
 from switch_t5.model.functional import Model
 from tests.checkpoint.golden import abstract
-from tests.checkpoint.test_conversion import SWITCH, converted, saved, state_of
+from tests.checkpoint.test_conversion import GATED, SWITCH, converted, saved, state_of
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,7 @@ def test_a_truncated_safetensors_file_is_refused(hugging_face):
         ({"num_layers": 8, "num_sparse_encoder_layers": 4}, r"lacks encoder\.block\.4"),
         ({"d_model": 16}, "of shape"),
         ({"model_type": "llama"}, "a model of type 'llama'"),
+        ({"model_type": []}, r"a model of type \[\]"),
         ({"d_ff": -1}, "d_ff = -1, where a positive integer belongs"),
         ({"d_ff": 1 << 40}, "where a positive integer belongs"),
         ({"d_ff": "many"}, "where a positive integer belongs"),
@@ -213,6 +214,13 @@ def test_a_hostile_config_is_refused(hugging_face, text):
     (hugging_face / "config.json").write_text(text)
     with pytest.raises(CheckpointDamaged, match=r"config\.json is damaged"):
         read_checkpoint(str(hugging_face))
+
+
+def test_a_config_that_cannot_be_read_is_one_sentence(hugging_face):
+    (hugging_face / "config.json").unlink()
+    (hugging_face / "config.json").mkdir()
+    with pytest.raises(CheckpointDamaged, match=r"config\.json cannot be read \(Is a directory\)"):
+        open_checkpoint(str(hugging_face))
 
 
 @pytest.mark.parametrize("where", ["../elsewhere.safetensors", "/etc/passwd", ".."])
@@ -340,6 +348,15 @@ def test_a_safetensors_file_of_hundreds_of_gigabytes_is_refused_by_its_header(hu
         read_checkpoint(str(hugging_face))
 
 
+def test_chunks_by_the_million_are_missed_before_they_are_listed(t5x):
+    def many(index: dict) -> None:
+        leaf(index)["metadata"] |= {"shape": [1 << 20, 1 << 20], "chunks": [1, 1]}
+
+    edit_index(t5x, many)
+    with pytest.raises(CheckpointDamaged, match="is not whole: it lacks files of"):
+        read_checkpoint(str(t5x))
+
+
 @pytest.mark.parametrize("change", [{"shape": [1 << 40, 1 << 20]}, {"chunks": [1 << 30, 1 << 28]}])
 def test_a_zarr_header_of_an_absurd_size_is_refused_when_the_array_is_read(t5x, change):
     file = t5x / "target.token_embedder.embedding" / ".zarray"
@@ -394,6 +411,25 @@ def test_position_buckets_that_the_other_side_has_not_are_refused_both_ways(hugg
         with pytest.raises(UserError, match=r"run/config\.gin has TransformerConfig\.relpos_max_distance = 64, and "):
             plan(source, str(tmp_path / "to"), form, dtype=None, scanned=False)
     plan(source, str(tmp_path / "to"), "native", dtype=None, scanned=False)
+
+
+def test_activations_that_the_other_side_has_not_are_refused_both_ways(tmp_path):
+    silu = dataclasses.replace(GATED, mlp_activations=("silu", "linear"))
+    run = saved(tmp_path / "run", state_of(silu))
+    (run / "config.gin").write_text("TransformerConfig.mlp_activations = ('silu', 'linear')\n")
+    source = read_checkpoint(str(run))
+    for form in ("t5x", "huggingface"):
+        with pytest.raises(
+            UserError, match=r"config\.gin has .*mlp_activations = \('silu', 'linear'\)"
+        ):
+            plan(source, str(tmp_path / "to"), form, dtype=None, scanned=False)
+    (run / "config.gin").write_text("TransformerConfig.mlp_activations = ['gelu', 'linear']\n")
+    there = converted(run, tmp_path / "hf", "huggingface")
+    load_params(str(there), GATED, abstract(Model(GATED).abstract_params))
+    with pytest.raises(
+        UserError, match=r"is \('gelu', 'linear'\) in .*/hf and \('silu', 'linear'\) here"
+    ):
+        load_params(str(there), silu, abstract(Model(silu).abstract_params))
 
 
 def test_a_folder_below_one_called_checkpoints_is_recognised(sources, tmp_path):

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.conversion import CERTIFICATE, compare, plan, write
-from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
 from switch_t5.checkpoint.huggingface import architecture_of, config_of, sparse_pattern
 from switch_t5.checkpoint.load import load_params, load_state
 from switch_t5.checkpoint.manager import Checkpointer
+from switch_t5.checkpoint.native_files import verify
 from switch_t5.checkpoint.t5x_files import key_value_store
 from switch_t5.errors import UserError
 from switch_t5.layers.moe_config import MoEConfig
@@ -203,3 +205,53 @@ def test_a_relative_path_of_t5x_is_below_the_working_folder(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     key_value_store("models/one").write("checkpoint", b"index").result()
     assert (tmp_path / "models" / "one" / "checkpoint").read_bytes() == b"index"
+
+
+@pytest.mark.parametrize(
+    ("tying", "divided"),
+    [
+        ({}, True),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        # As transformers 5 writes a model of version 1.1.
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": True}, True),
+        ({"tie_word_embeddings": True, "model_type": "mt5"}, False),
+    ],
+)
+def test_tied_logits_are_those_that_transformers_divides(tying, divided):
+    config = config_of(Architecture.of(DENSE), "float32")
+    del config["tie_word_embeddings"]
+    assert architecture_of(config | tying, "here", 1000).tied_logits == divided
+
+
+def test_logits_of_the_embedding_as_it_is_have_a_copy_of_it_for_a_kernel(tmp_path):
+    there = converted(saved(tmp_path / "run", state_of(DENSE)), tmp_path / "hf", "huggingface")
+    file = there / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scale_decoder_outputs": False}))
+    reader = read_checkpoint(str(there)).reader
+    embedding, kernel = (reader.stored(name)[0].whole() for name in ("embedding", "logits"))
+    np.testing.assert_array_equal(embedding, kernel)
+    assert embedding.any()
+
+
+def test_arrays_of_several_dtypes_are_rounded_to_none_of_them(tmp_path):
+    there = converted(saved(tmp_path / "run", state_of(DENSE)), tmp_path / "hf", "huggingface")
+    arrays = load_file(there / "model.safetensors")
+    name = "encoder.block.{}.layer.0.SelfAttention.q.weight".format
+    arrays[name(0)] = arrays[name(0)].astype(jnp.bfloat16)
+    save_file(arrays, there / "model.safetensors")
+    back = converted(there, tmp_path / "back", "huggingface")
+    found = load_file(back / "model.safetensors")
+    for block in range(3):
+        np.testing.assert_array_equal(found[name(block)], arrays[name(block)].astype(np.float32))
+
+
+@pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])
+def test_a_name_may_have_what_a_url_gives_a_meaning(tmp_path, form):
+    run = saved(tmp_path / "a%41b#c?d e", state_of(SWITCH))
+    there = converted(run, tmp_path / "to%41b#c?d e", form)
+    assert {path.name for path in tmp_path.iterdir()} == {run.name, there.name}
+    assert verify(open_checkpoint(str(run)))
+    compared = compare(read_checkpoint(str(run)), read_checkpoint(str(there)))
+    assert (compared["worst_absolute"], compared["bound"]) == (0, 0)

@@ -157,6 +157,21 @@ def test_a_large_array_that_is_damaged_anywhere_is_noticed(tmp_path):
         np.testing.assert_array_equal(checkpointer.restore(like).state["x"], numbers)
 
 
+def test_a_large_position_in_the_data_that_is_damaged_anywhere_is_noticed(tmp_path):
+    """It is no array: the manifest has its checksum, whatever its size."""
+    position = np.random.default_rng(0).bytes(3 << 20)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state(1), {"0_of_1": position})
+    (file,) = (
+        path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20
+    )
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        assert checkpointer.restore(abstract()).data_state["0_of_1"] == position
+        flip(file)
+        with pytest.raises(CheckpointDamaged, match="is damaged: its checksum differs"):
+            checkpointer.restore(abstract())
+
+
 def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_an_older_one(two, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(two, run)
@@ -373,7 +388,9 @@ def test_one_flipped_bit_always_changes_both_kinds_of_fingerprint(seed, size, da
     before = of_numpy(array)
     at, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 31))
     array.view(np.uint32)[at] ^= np.uint32(1) << np.uint32(bit)
-    assert of_numpy(array)[:8] != before[:8]
+    after = of_numpy(array)
+    assert after[:8] != before[:8]
+    assert after[8:] != before[8:]
 
 
 SAVING = """

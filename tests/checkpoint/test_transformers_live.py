@@ -62,10 +62,10 @@ def switch(encoder: tuple[int, ...], decoder: tuple[int, ...], *, blocks: tuple[
 
 GATED: dict[str, Any] = {"mlp_activations": ("gelu", "linear")}
 UNTIED: dict[str, Any] = {"tied_logits": False}
-# A dense model that is not tied is not among them: transformers 5 writes one as tied, whatever its configuration says.
 CONFIGS = {
     "dense, ReLU, tied (v1.0)": dense(2, 3),
     "dense, gated, tied": dense(1, 2, **GATED),
+    "dense, gated, untied (v1.1)": dense(2, 1, **GATED, **UNTIED),
     "switch, every block": switch((0, 1), (0, 1), blocks=(2, 2)),
     "switch, every other": switch((1, 3), (1,), blocks=(4, 2)),
     "switch, every third": switch((1, 4), (1,), blocks=(6, 3)),
@@ -217,7 +217,7 @@ def test_a_model_of_theirs_computes_the_same_here(name: str, tmp_path: Path) -> 
 def saved(folder: Path, config: TransformerConfig) -> Path:
     """A checkpoint of ours with the numbers of :func:`random_params`."""
     with Checkpointer(folder) as checkpointer:
-        checkpointer.save(3, TrainState(jnp.int32(3), random_params(Model(config)), {}), b"")
+        checkpointer.save(3, TrainState(jnp.int32(3), random_params(Model(config)), {}), {})
     return folder
 
 
