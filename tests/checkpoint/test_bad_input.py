@@ -419,16 +419,12 @@ def test_activations_that_the_other_side_has_not_are_refused_both_ways(tmp_path)
     (run / "config.gin").write_text("TransformerConfig.mlp_activations = ('silu', 'linear')\n")
     source = read_checkpoint(str(run))
     for form in ("t5x", "huggingface"):
-        with pytest.raises(
-            UserError, match=r"config\.gin has .*mlp_activations = \('silu', 'linear'\)"
-        ):
+        with pytest.raises(UserError, match=r"config\.gin has .*mlp_activations = \('silu', 'linear'\)"):
             plan(source, str(tmp_path / "to"), form, dtype=None, scanned=False)
     (run / "config.gin").write_text("TransformerConfig.mlp_activations = ['gelu', 'linear']\n")
     there = converted(run, tmp_path / "hf", "huggingface")
     load_params(str(there), GATED, abstract(Model(GATED).abstract_params))
-    with pytest.raises(
-        UserError, match=r"is \('gelu', 'linear'\) in .*/hf and \('silu', 'linear'\) here"
-    ):
+    with pytest.raises(UserError, match=r"is \('gelu', 'linear'\) in .*/hf and \('silu', 'linear'\) here"):
         load_params(str(there), silu, abstract(Model(silu).abstract_params))
 
 
