@@ -203,6 +203,9 @@ def their_model(config: TransformerConfig) -> Any:
     for key, parameter in module.named_parameters():
         if "layer_norm" in key:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
+    if config.moe is None and not config.tied_logits:
+        # transformers 5 makes every T5 with one matrix, and keeps two where it reads two, as version 1.1 has them.
+        module.lm_head.weight = torch.nn.Parameter(torch.randn_like(module.lm_head.weight))
     return module
 
 
