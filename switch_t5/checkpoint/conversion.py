@@ -75,9 +75,10 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     layout, periods = _layout(architecture, form, scanned)
     moments = source.moments if form != HUGGING_FACE and source.moments else None
     places = layout.place(architecture, periods, moments)
+    arrays = {name: _array(source, entry, dtype) for name, entry in places.items()}
     if form == HUGGING_FACE:
         huggingface.config_of(architecture, "float32")
-    arrays = {name: _array(source, entry, dtype) for name, entry in places.items()}
+        arrays |= {copy: arrays[name] for copy, name in huggingface.copies_of_embedding(architecture).items()}
     step = source.reader.checkpoint.step or 0
     if "://" in to:
         raise UserError(f"--to={to} must be a local or mounted folder.")

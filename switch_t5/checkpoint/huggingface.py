@@ -223,6 +223,12 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
 
 
+def copies_of_embedding(architecture: Architecture) -> dict[str, str]:
+    """Arrays to be written once more, by another name: transformers 5 shares no embeddings of an untied Switch."""
+    sparse = any(architecture.encoder + architecture.decoder)
+    return dict.fromkeys(COPIES, _EMBEDDING) if sparse and not architecture.tied_logits else {}
+
+
 def without_copies(
     arrays: Mapping[str, StoredArray], config: Mapping[str, Any], architecture: Architecture, path: str
 ) -> dict[str, StoredArray]:

@@ -181,6 +181,12 @@ def assert_agree(name: str, params: Params, module: Any, folder: Path) -> None:
         )
 
 
+def share_embedding(module: Any) -> None:
+    """One parameter, so that its gradient is the sum of all."""
+    for stack in (module.encoder, module.decoder):
+        stack.embed_tokens.weight = module.shared.weight
+
+
 def their_config(config: TransformerConfig) -> Any:
     """Of transformers' own classes, by their own parameters."""
     sizes = {"vocab_size": 48, "d_model": 16, "num_heads": 2, "d_kv": 6, "d_ff": 20}
@@ -203,9 +209,10 @@ def their_model(config: TransformerConfig) -> Any:
     for key, parameter in module.named_parameters():
         if "layer_norm" in key:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
-    if config.moe is None and not config.tied_logits:
-        # transformers 5 makes every T5 with one matrix, and keeps two where it reads two, as version 1.1 has them.
+    if not config.tied_logits:
+        # transformers 5 makes one matrix of every T5 and four of an untied Switch; here both have two.
         module.lm_head.weight = torch.nn.Parameter(torch.randn_like(module.lm_head.weight))
+        share_embedding(module)
     return module
 
 
@@ -236,6 +243,9 @@ def test_a_model_of_ours_computes_the_same_there(name: str, tmp_path: Path) -> N
         (there / "config.json").write_text(json.dumps(written | {"expert_capacity": config.moe.expert_capacity}))
     module, loading = transformers.AutoModelForSeq2SeqLM.from_pretrained(there, output_loading_info=True)
     assert not any(loading.values()), loading
+    for stack in (module.encoder, module.decoder):
+        assert torch.equal(stack.embed_tokens.weight, module.shared.weight)
+    share_embedding(module)
     assert module.config.architectures == [type(module).__name__]
     assert_agree(name, params, module, tmp_path)
     assert read_checkpoint(str(there)).architecture == read_checkpoint(str(run)).architecture
