@@ -22,6 +22,7 @@ from jax import numpy as jnp
 
 from switch_t5.checkpoint import huggingface, native_layout, t5x
 from switch_t5.checkpoint.architecture import Architecture
+from switch_t5.checkpoint.certificate import CERTIFICATE
 from switch_t5.checkpoint.fingerprint import Running, as_text
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import write_huggingface
@@ -33,8 +34,6 @@ from switch_t5.checkpoint.streamed_save import save_streamed
 from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors, writable_directory
-
-CERTIFICATE = "conversion.json"
 
 
 @dataclasses.dataclass(frozen=True)

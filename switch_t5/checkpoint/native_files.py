@@ -102,8 +102,12 @@ def verify(checkpoint: OpenCheckpoint) -> int:
 
 
 def _check(folder: Path, manifest: Manifest, name: str, array: StoredArray) -> None:
-    """Reads an array piece by piece and checks it against its fingerprint."""
+    check_arrays(folder, manifest, {name: fingerprint_of(array)})
+
+
+def fingerprint_of(array: StoredArray) -> np.ndarray:
+    """The fingerprint of an array that is read for it, piece by piece: two uint32."""
     running = Running()
     for index in pieces(array.shape, array.dtype.itemsize):
         running.add_part(array.read(index), index, array.shape)
-    check_arrays(folder, manifest, {name: running.sums})
+    return running.sums

@@ -72,7 +72,7 @@ def _within(found: dict[str, Any]) -> bool:
 
 
 def _rewrite(folder: Path, certificate: dict[str, Any]) -> None:
-    from switch_t5.checkpoint.conversion import CERTIFICATE
+    from switch_t5.checkpoint.certificate import CERTIFICATE
 
     write_json(certificate, str(folder / CERTIFICATE))
 

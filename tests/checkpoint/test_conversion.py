@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from switch_t5.checkpoint.architecture import Architecture
-from switch_t5.checkpoint.conversion import CERTIFICATE, compare, plan, write
+from switch_t5.checkpoint.certificate import CERTIFICATE
+from switch_t5.checkpoint.conversion import compare, plan, write
 from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
 from switch_t5.checkpoint.huggingface import architecture_of, config_of, sparse_pattern
 from switch_t5.checkpoint.load import load_params, load_state

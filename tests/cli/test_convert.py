@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from switch_t5.checkpoint import conversion
+from switch_t5.checkpoint.certificate import CERTIFICATE
 from switch_t5.cli.main import main
 from switch_t5.model.functional import Model
 from switch_t5.training.optimizers import adamw, sgd
@@ -44,12 +45,32 @@ def test_a_checkpoint_goes_through_every_format_and_is_the_same(run_folder, tmp_
         assert seen["dtypes"] == {"float32": sum(seen["dtypes"].values())}
         # The optimizer's state got lost in Hugging Face's format, which has no place for it.
         assert seen["optimizer"] == ("adafactor" if source in (run_folder, tmp_path / "t5x") else None)
+        assert "arrays as they were" in seen["integrity"]
+
+
+def test_a_converted_array_that_changed_is_named_and_without_a_certificate_nothing_tells(run_folder, tmp_path, capsys):
+    there = tmp_path / "hf"
+    assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
+    file = there / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert main(["inspect", str(there), "--deep"]) == 2
+    said = capsys.readouterr().err
+    assert f"is damaged, or was changed since: its values are not those of {there}/conversion.json" in said
+    (there / "conversion.json").write_text("{")
+    assert main(["inspect", str(there), "--deep"]) == 2
+    assert "conversion.json is damaged" in capsys.readouterr().err
+    (there / "conversion.json").unlink()
+    assert main(["inspect", str(there), "--deep"]) == 0
+    assert "the format has no checksums" in capsys.readouterr().err
 
 
 def verified(run_folder: Path, to: Path, capsys, *more: str) -> tuple[int, dict, str]:
     words = ["convert", f"--from={run_folder}", f"--to={to}", "--format=huggingface", "--verify", *more]
     code, captured = main(words), capsys.readouterr()
-    return code, json.loads((to / conversion.CERTIFICATE).read_text())["verified"], captured.err
+    return code, json.loads((to / CERTIFICATE).read_text())["verified"], captured.err
 
 
 def test_without_transformers_the_arrays_are_compared_and_the_certificate_says_so(
