@@ -9,13 +9,12 @@ runs then make ``--more_steps`` more: the dense model as it is, and one whose fe
 (``runs/upcycle.gin``). Both read the same text in the same order. Flags that begin with ``--gin.`` go to all of them.
 
 - held-out loss: of the same validation text at ``--points`` steps, in nats a token; the mean over seeds, and its sample
-  standard deviation. The row of step 0 is the dense model's that both start from.
+  standard deviation. At step 0 nothing is learnt yet, and both must be the same.
 - gain: dense - upcycled of each seed, likewise; above 0 where upcycling is better.
-- first batch: the cross-entropy of the first batch after the start, which both see before they learn from it.
 
 With ``--json=PATH`` a seed's losses are written as soon as they are known, and seeds that stand there already are not
-trained again. It exits with 1 where a loss is not a finite number, or where the two losses of a first batch differ by
-more than ``START_RTOL``.
+trained again. It exits with 1 where a loss is not a finite number, or where the two losses at step 0 differ by more
+than ``START_RTOL``.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from program import (
 )
 
 START_RTOL = 1e-5
-"""Of the first batch's cross-entropy, upcycled and dense: no token is dropped, weights add to 1."""
+"""Of the held-out losses at the start, upcycled and dense: no token is dropped, weights add to 1."""
 
 QUICKSTART = "runs/quickstart.gin"
 UPCYCLED = ("runs/upcycle.gin", QUICKSTART)
@@ -57,19 +56,15 @@ class Seed:
     """The losses of one seed.
 
     Attributes:
-      start: held-out, of the dense model that both arms start from.
-      first_batch: cross-entropy by arm, before the first update.
       held_out: by arm, and by steps since the start.
     """
 
-    start: float
-    first_batch: dict[str, float]
     held_out: dict[str, dict[int, float]]
 
     @property
     def start_difference(self) -> float:
-        """Of the first batch's losses, relative to the dense one."""
-        return abs(self.first_batch["upcycled"] / self.first_batch["dense"] - 1)
+        """Of the losses before anything is learnt, relative to the dense one."""
+        return abs(self.held_out["upcycled"][0] / self.held_out["dense"][0] - 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,15 +107,14 @@ def _known(path: str | None, asked: dict[str, Any]) -> dict[int, Seed]:
     known = json.loads(Path(path).read_text())
     if {name: known.get(name) for name in asked} != asked:
         sys.exit(f"{path} holds the result of other steps or settings: name another file.")
-    return {int(seed): _from_json(losses) for seed, losses in known["by_seed"].items()}
+    seeds = {int(seed): _from_json(losses) for seed, losses in known["by_seed"].items()}
+    return {seed: losses for seed, losses in seeds.items() if all(0 in curve for curve in losses.held_out.values())}
 
 
 def _from_json(losses: dict[str, Any]) -> Seed:
-    first = {arm: float(loss) for arm, loss in losses["first_batch"].items()}
-    held_out = {
-        arm: {int(step): float(loss) for step, loss in curve.items()} for arm, curve in losses["held_out"].items()
-    }
-    return Seed(float(losses["start"]), first, held_out)
+    return Seed(
+        {arm: {int(step): float(loss) for step, loss in curve.items()} for arm, curve in losses["held_out"].items()}
+    )
 
 
 def losses_of_seed(folder: Path, args: argparse.Namespace, settings: list[str]) -> Seed:
@@ -132,14 +126,13 @@ def losses_of_seed(folder: Path, args: argparse.Namespace, settings: list[str]) 
     total = args.dense_steps + args.more_steps
     train(folder / "dense", total, (QUICKSTART,), [*dense(settings), *goes_on], period)
     train(folder / "upcycled", total, UPCYCLED, [*settings, f"INITIAL_CHECKPOINT_PATH={start}"], period)
-    first_batch, held_out = {}, {}
+    held_out = {}
     for arm in ARMS:
-        logged, evaluations = entries_of(folder / arm)
-        first_batch[arm] = float(logged[0]["cross_entropy"])
+        evaluations = entries_of(folder / arm)[1]
         held_out[arm] = {entry["step"] - args.dense_steps: float(entry["loss"]) for entry in evaluations}
         points = ", ".join(f"{step}: {loss:.4f}" for step, loss in held_out[arm].items())
         print(f"{folder.name}/{arm}: held-out loss {points}", file=sys.stderr, flush=True)
-    return Seed(float(entries_of(start)[1][-1]["loss"]), first_batch, held_out)
+    return Seed(held_out)
 
 
 def _result(asked: dict[str, Any], by_seed: dict[int, Seed]) -> dict[str, Any]:
@@ -166,10 +159,10 @@ def complaints(by_seed: dict[int, Seed]) -> list[str]:
     sentences = []
     for seed, losses in by_seed.items():
         held_out = [loss for curve in losses.held_out.values() for loss in curve.values()]
-        if not all(map(math.isfinite, [losses.start, *losses.first_batch.values(), *held_out])):
+        if not all(map(math.isfinite, held_out)):
             sentences.append(f"Seed {seed}: a loss is not finite.")
         elif losses.start_difference > START_RTOL:
-            upcycled, of_dense = losses.first_batch["upcycled"], losses.first_batch["dense"]
+            upcycled, of_dense = losses.held_out["upcycled"][0], losses.held_out["dense"][0]
             sentences.append(f"Seed {seed}: the upcycled model starts at {upcycled}, and the dense one at {of_dense}.")
     return sentences
 
@@ -177,13 +170,11 @@ def complaints(by_seed: dict[int, Seed]) -> list[str]:
 def table(by_seed: dict[int, Seed]) -> str:
     """The curves as Markdown, and how near the starts are."""
     lines = ["| steps more | dense goes on | upcycled | gain |", "|---|---|---|---|"]
-    start = as_text(*mean_and_deviation([losses.start for losses in by_seed.values()]))
-    lines.append(f"| 0 | {start} | the same model | – |")
     for row in summary(by_seed):
         cells = [as_text(row[name], row[f"{name}_std"]) for name in (*ARMS, "gain")]
         lines.append(f"| {row['step']} | {' | '.join(cells)} |")
     worst = max(losses.start_difference for losses in by_seed.values())
-    lines += ["", f"First batch: the losses differ by {worst:.1e} at the most, relative."]
+    lines += ["", f"At the start the losses differ by {worst:.1e} at the most, relative."]
     return "\n".join(lines)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from switch_t5.checkpoint.fingerprint import as_text
+from switch_t5.checkpoint.folder import read_file
 from switch_t5.checkpoint.native_files import fingerprint_of
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, OpenCheckpoint
 
@@ -22,11 +22,12 @@ def check_certificate(checkpoint: OpenCheckpoint) -> int:
     Raises:
       CheckpointDamaged: names the first array that is not as it was written, or the certificate is damaged.
     """
-    file = Path(checkpoint.path) / CERTIFICATE
+    file = f"{checkpoint.path}/{CERTIFICATE}"
     try:
-        promised = {name: entry["fingerprint"] for name, entry in json.loads(file.read_text())["arrays"].items()}
-    except FileNotFoundError:
-        return 0
+        content = read_file(checkpoint.path, CERTIFICATE)
+        if content is None:
+            return 0
+        promised = {name: entry["fingerprint"] for name, entry in json.loads(content)["arrays"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointDamaged(f"{file} is damaged ({str(error)[:100]}).") from error
     for name, fingerprint in promised.items():

@@ -24,6 +24,7 @@ from switch_t5.checkpoint import huggingface, native_layout, t5x
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.certificate import CERTIFICATE
 from switch_t5.checkpoint.fingerprint import Running, as_text
+from switch_t5.checkpoint.folder import is_url, read_file
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import write_huggingface
 from switch_t5.checkpoint.load import untold
@@ -79,7 +80,7 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
         huggingface.config_of(architecture, "float32")
         arrays |= {copy: arrays[name] for copy, name in huggingface.copies_of_embedding(architecture).items()}
     step = source.reader.checkpoint.step or 0
-    if "://" in to:
+    if is_url(to):
         raise UserError(f"--to={to} must be a local or mounted folder.")
     folder = Path(to).absolute()  # As Orbax and tensorstore want it.
     path = {NATIVE: folder, T5X: folder / f"{FOLDER}{step}", HUGGING_FACE: folder}[form]
@@ -93,17 +94,20 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
 def _check_what_no_array_tells(source: Recognised) -> None:
     """Refuses a run of ours with other position buckets or activations than the released models'."""
     checkpoint = source.reader.checkpoint
-    run = Path(checkpoint.path).parents[1] / "config.gin"
-    if checkpoint.format != NATIVE or not run.is_file():
+    if checkpoint.format != NATIVE:
         return
-    text = run.read_text()
+    run = os.path.dirname(os.path.dirname(checkpoint.path))
     for name, read_with in untold(source.architecture).items():
-        found = re.search(rf"^TransformerConfig\.{name} = (.+)$", text, re.MULTILINE)
-        value = found and ast.literal_eval(found[1])
-        if found and (tuple(value) if isinstance(value, list) else value) != read_with:
+        try:
+            text = (read_file(run, "config.gin") or b"").decode()
+            found = re.search(rf"^TransformerConfig\.{name} = (.+)$", text, re.MULTILINE)
+            value = ast.literal_eval(found[1]) if found else read_with
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{run}/config.gin is no configuration of a run ({str(error)[:100]}).") from error
+        if (tuple(value) if isinstance(value, list) else value) != read_with:
             raise UserError(
-                f"{run} has TransformerConfig.{name} = {value!r}, and models of the other formats are read with "
-                f"{read_with!r}: only --format=native keeps what it computes."
+                f"{run}/config.gin has TransformerConfig.{name} = {value!r}, and models of the other formats are read "
+                f"with {read_with!r}: only --format=native keeps what it computes."
             )
 
 

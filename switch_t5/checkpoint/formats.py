@@ -9,13 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from switch_t5.checkpoint import huggingface, native_layout, t5x
+from switch_t5.checkpoint.folder import entries, has_file, is_url
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import CONFIG, PICKLES, WEIGHTS, WEIGHTS_INDEX, open_huggingface
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 from switch_t5.checkpoint.native_files import checked, open_native
+from switch_t5.checkpoint.native_remote import open_remote
 from switch_t5.checkpoint.recognition import Recognised, check_whole, recognise
+from switch_t5.checkpoint.run_folder import DIRECTORY, run_and_step
 from switch_t5.checkpoint.stored_arrays import OpenCheckpoint
-from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, key_value_store, open_t5x
+from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, open_t5x
 from switch_t5.errors import UserError
 
 
@@ -24,7 +27,7 @@ def format_of(path: str) -> tuple[str, str]:
 
     Args:
       path: a MODEL_DIR, its folder ``checkpoints`` or one checkpoint in it; a T5X checkpoint, or the folder that holds
-        ``checkpoint_<step>``, for the newest; a Hugging Face folder. T5X's may be on ``gs://``.
+        ``checkpoint_<step>``, for the newest; a Hugging Face folder. On a disk or a URL such as ``gs://``.
 
     Returns:
       The format, and the path of the checkpoint itself.
@@ -32,47 +35,32 @@ def format_of(path: str) -> tuple[str, str]:
     Raises:
       UserError: nothing of the kind is there.
     """
-    if "://" in path:
-        return T5X, _t5x_folder(path)
-    folder = Path(path).absolute()
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    place = path.rstrip("/") if is_url(path) else str(Path(path).absolute())
+    names = entries(place)
     steps = _steps(names)
-    one_of_ours = folder.parent.name == "checkpoints" and folder.name.isdecimal()
-    if not one_of_ours and "checkpoints" not in names:
-        if (folder / INDEX).is_file():
-            return T5X, str(folder)
+    if run_and_step(place)[1] is None and f"{DIRECTORY}/" not in names:
+        if INDEX in names:
+            return T5X, place
         if names & {CONFIG, WEIGHTS, WEIGHTS_INDEX, *PICKLES}:
-            return HUGGING_FACE, str(folder)
+            return HUGGING_FACE, place
         if steps:
-            return T5X, str(folder / f"{FOLDER}{max(steps)}")
+            # One that is being copied there has no index yet.
+            whole = [step for step in steps if has_file(f"{place}/{FOLDER}{step}", INDEX)]
+            return T5X, f"{place}/{FOLDER}{max(whole or steps)}"
         if any(name.startswith(("target.", "state.")) for name in names):
-            return T5X, str(folder)
-        if folder.name != "checkpoints":
-            what = "is no checkpoint" if names else "is empty" if folder.is_dir() else "does not exist"
+            return T5X, place
+        if os.path.basename(place) != DIRECTORY:
+            what = "is no checkpoint" if names else "is empty" if os.path.isdir(place) else "does not exist"
             raise UserError(
                 f"{path} {what}: name a MODEL_DIR of ours, a T5X folder (with the file {INDEX!r}) or a Hugging Face "
                 f"folder (with {CONFIG} and {WEIGHTS})."
             )
-    return NATIVE, str(folder)
-
-
-def _t5x_folder(url: str) -> str:
-    try:
-        store = key_value_store(url)
-        if store.read(INDEX).result().state == "value":
-            return url.rstrip("/")
-        keys = [key.decode() for key in store.list().result()]
-    except ValueError as error:
-        raise UserError(f"{url} cannot be read ({str(error).splitlines()[0][:200]}).") from error
-    steps = _steps(key.removesuffix(f"/{INDEX}") for key in keys if key.endswith(f"/{INDEX}"))
-    if not steps:
-        raise UserError(f"{url} holds no checkpoint of T5X: there is no file {INDEX!r} below it.")
-    return f"{url.rstrip('/')}/{FOLDER}{max(steps)}"
+    return NATIVE, place
 
 
 def _steps(names: Iterable[str]) -> list[int]:
     """The steps of the folders that T5X would call so."""
-    found = (re.fullmatch(rf"{FOLDER}(\d{{1,18}})", name) for name in names)
+    found = (re.fullmatch(rf"{FOLDER}(\d{{1,18}})/", name) for name in names)
     return [int(match[1]) for match in found if match]
 
 
@@ -87,9 +75,11 @@ def open_checkpoint(path: str) -> OpenCheckpoint:
         return open_t5x(place)
     if form == HUGGING_FACE:
         return open_huggingface(place)
+    if is_url(place):
+        return open_remote(place)
     model_dir, step = locate_checkpoint(place)
     with Checkpointer(model_dir, read_only=True) as checkpointer:
-        return open_native(checkpointer.directory, step, checkpointer.leaves(step))
+        return open_native(str(checkpointer.directory / str(step)), step, checkpointer.leaves(step))
 
 
 def read_checkpoint(path: str, *, optimizer: bool = True) -> Recognised:

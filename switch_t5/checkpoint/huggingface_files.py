@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from jax import numpy as jnp
 
+from switch_t5.checkpoint.folder import entries, is_url, read_file
+from switch_t5.checkpoint.safetensors_remote import NAMES, dtype_of, open_remote_shard
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, Produce, StoredArray, pieces
 from switch_t5.errors import UserError
 
@@ -22,8 +23,6 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_JSON = 1 << 28
 _SHARD_BYTES = 1 << 31
 
@@ -35,27 +34,25 @@ def open_huggingface(path: str) -> OpenCheckpoint:
       CheckpointDamaged: a file is missing, cut short or no safetensors, or an array of the index is not there.
       UserError: the weights are pickled, or the index names a file elsewhere.
     """
-    folder = Path(path)
-    if "://" in path:
-        raise UserError(f"{path}: Hugging Face folders are read from a local or mounted disk; copy it to one.")
-    config = _read_json(folder / CONFIG)
+    config = _read_json(path, CONFIG)
     arrays: dict[str, StoredArray] = {}
-    for file, names in _shards(folder).items():
-        found = _open_shard(folder / file)
+    open_shard = open_remote_shard if is_url(path) else _open_shard
+    for file, names in _shards(path).items():
+        found = open_shard(path, file)
         lacking = [name for name in names if name not in found]
         if lacking:
-            raise CheckpointDamaged(f"{folder / file} lacks {', '.join(lacking[:3])}, which the index promises.")
+            raise CheckpointDamaged(f"{path}/{file} lacks {', '.join(lacking[:3])}, which the index promises.")
         arrays |= found
     return OpenCheckpoint(path, "huggingface", arrays, None, config)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(folder: str, name: str) -> dict[str, Any]:
+    file = f"{folder}/{name}"
     try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, which no such file has.")
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{file} is missing: {file.parent} is no whole Hugging Face model.") from None
+        found = read_file(folder, name, _LARGEST_JSON)
+        if found is None:
+            raise CheckpointDamaged(f"{file} is missing: {folder} is no whole Hugging Face model.")
+        value = json.loads(found)
     except OSError as error:
         raise CheckpointDamaged(f"{file} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
@@ -65,27 +62,29 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> dict[str, list[str]]:
+def _shards(folder: str) -> dict[str, list[str]]:
     """The files of the weights, each with the arrays that the index promises in it."""
-    if (folder / WEIGHTS_INDEX).exists():
-        where = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    there = entries(folder)
+    if WEIGHTS_INDEX in there:
+        index = f"{folder}/{WEIGHTS_INDEX}"
+        where = _read_json(folder, WEIGHTS_INDEX).get("weight_map")
         if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-            raise CheckpointDamaged(f"{folder / WEIGHTS_INDEX} is damaged: it has no weight_map.")
+            raise CheckpointDamaged(f"{index} is damaged: it has no weight_map.")
         files: dict[str, list[str]] = {}
         for name, file in where.items():
             if Path(file).name != file or file in ("", ".", ".."):
-                raise UserError(f"{folder / WEIGHTS_INDEX} names the file {file!r}, outside of the folder: refused.")
+                raise UserError(f"{index} names the file {file!r}, outside of the folder: refused.")
             files.setdefault(file, []).append(name)
-        missing = [file for file in files if not (folder / file).is_file()]
+        missing = [file for file in files if file not in there]
         if missing:
             raise CheckpointDamaged(
                 f"{folder} is not whole: it lacks {', '.join(missing[:3])} with {files[missing[0]][0]} and "
                 f"{sum(len(files[file]) for file in missing) - 1} more arrays."
             )
         return files
-    if (folder / WEIGHTS).is_file():
+    if WEIGHTS in there:
         return {WEIGHTS: []}
-    if any((folder / name).exists() for name in PICKLES):
+    if there & set(PICKLES):
         raise UserError(
             f"{folder} holds pickled weights, which can run code and are never read; write them anew with "
             "transformers: model.save_pretrained(FOLDER, safe_serialization=True)."
@@ -93,19 +92,17 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     raise CheckpointDamaged(f"{folder} has no {WEIGHTS} and no {WEIGHTS_INDEX}: it is no whole Hugging Face model.")
 
 
-def _open_shard(file: Path) -> dict[str, StoredArray]:
+def _open_shard(folder: str, name: str) -> dict[str, StoredArray]:
+    file = f"{folder}/{name}"
     try:
         # The library checks the header: sizes, overlaps, and that the file has each byte that it promises.
         opened = safetensors.safe_open(file, framework="numpy")
         arrays = {}
         for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
             piece = opened.get_slice(name)
-            if piece.get_dtype() not in _DTYPES:
-                raise UserError(f"{file} holds {name} of dtype {piece.get_dtype()}: {', '.join(_DTYPES)} can be read.")
             shape = tuple(piece.get_shape())
-            arrays[name] = StoredArray(
-                shape, jnp.dtype(_DTYPES[piece.get_dtype()]), functools.partial(_read, opened, name, shape)
-            )
+            dtype = dtype_of(piece.get_dtype(), f"{file} holds {name}")
+            arrays[name] = StoredArray(shape, dtype, functools.partial(_read, opened, name, shape))
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointDamaged(f"{file} is damaged: it is no safetensors file ({str(error)[:150]}).") from error
     return arrays
@@ -157,7 +154,7 @@ def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Produce]]) 
     end = 0
     for name, (array, _) in arrays.items():
         begin, end = end, end + array.nbytes
-        header[name] = {"dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from switch_t5.checkpoint.folder import is_url
 from switch_t5.checkpoint.format_names import HUGGING_FACE
 from switch_t5.checkpoint.load import load_params
 from switch_t5.checkpoint.recognition import Recognised
@@ -53,6 +54,8 @@ def compare_logits(source: Recognised, target: Recognised, dtype: str | None) ->
         return {"left_out": f"torch and transformers cannot be imported ({error})"}
     theirs_is_target = target.reader.checkpoint.format == HUGGING_FACE
     theirs, ours = (target, source) if theirs_is_target else (source, target)
+    if is_url(theirs.reader.checkpoint.path):
+        return {"left_out": f"transformers reads from a disk alone, and not {theirs.reader.checkpoint.path}"}
     model = Model(source.architecture.config(_moe(theirs)))
     # One model at a time in float32, and once more what is read of it.
     needed = 8 * sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params))

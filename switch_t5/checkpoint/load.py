@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from switch_t5.checkpoint import naming, native_layout
+from switch_t5.checkpoint import naming, native_layout, native_remote
 from switch_t5.checkpoint.architecture import Architecture
-from switch_t5.checkpoint.format_names import HUGGING_FACE
-from switch_t5.checkpoint.formats import read_checkpoint
+from switch_t5.checkpoint.folder import is_url
+from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE
+from switch_t5.checkpoint.formats import format_of, open_checkpoint, read_checkpoint
 from switch_t5.checkpoint.huggingface import MAX_DISTANCE
 from switch_t5.checkpoint.param_map import Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
-from switch_t5.checkpoint.stored_arrays import Index
+from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint
 from switch_t5.errors import UserError
 from switch_t5.model.config import TransformerConfig
 
@@ -97,6 +98,10 @@ def load_params(path: str, config: TransformerConfig, abstract_params: Any) -> L
     Raises:
       UserError: there is no checkpoint, it is damaged, or it is of another architecture.
     """
+    ours = _remote(path)
+    # One that is stacked otherwise is read as another format would be; sparse attention, say, is not.
+    if ours is not None and (native_remote.fits(ours, _PARAMS, abstract_params) or not is_known(path)):
+        return Loaded(native_remote.restore_part(ours, _PARAMS, abstract_params), ours.step)
     recognised = fitting(path, config, optimizer=False)
     placed = native_places(config, None)
     leaves = naming.named_leaves({_PARAMS: abstract_params})
@@ -115,6 +120,9 @@ def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any
     Raises:
       UserError: as :func:`load_params`; or the checkpoint holds no optimizer's state, or one of another kind.
     """
+    ours = _remote(path)
+    if ours is not None:
+        return native_remote.restore_part(ours, "", abstract_state)
     recognised = fitting(path, config)
     step = recognised.reader.checkpoint.step
     if not recognised.moments or step is None:
@@ -130,6 +138,11 @@ def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any
             raise other_optimizer(path)
         read[name] = jax.device_put(value, leaves[name].sharding)
     return naming.like(abstract_state, read)
+
+
+def _remote(path: str) -> OpenCheckpoint | None:
+    """The checkpoint of ours at a URL; None for what lies on a disk, or is of another format."""
+    return open_checkpoint(path) if is_url(path) and format_of(path)[0] == NATIVE else None
 
 
 def no_adafactor(path: str) -> UserError:

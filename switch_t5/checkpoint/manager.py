@@ -23,6 +23,7 @@ import numpy as np
 
 from switch_t5.checkpoint import fingerprint, naming, snapshot
 from switch_t5.checkpoint.retention import CheckpointConfig
+from switch_t5.checkpoint.run_folder import DIRECTORY, chosen_step, listed, run_and_step
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.checkpoint.writer_lock import WriterLock
 from switch_t5.errors import ConfigError, UserError, closest
@@ -31,8 +32,6 @@ from switch_t5.storage import FAILING, storage_errors, writable_directory
 # Orbax takes most of a second to import; a run meets it with its first checkpoint.
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
-
-DIRECTORY = "checkpoints"
 
 # How tensorstore begins an error about a file that is damaged or gone, or that the disk cannot read.
 _DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNKNOWN|INTERNAL)\b")
@@ -307,8 +306,7 @@ class Checkpointer:
         return naming.first_difference(naming.named_leaves({name: abstract_part}), saved, dtypes=False) is None
 
     def _saved_part(self, name: str, step: int) -> dict[str, Any]:
-        leaves = self._saved_leaves(step)
-        return {key: leaf for key, leaf in leaves.items() if not name or key.split(naming.SEPARATOR)[0] == name}
+        return naming.part(self._saved_leaves(step), name)
 
     def restore_numpy(self, step: int | None = None) -> dict[str, np.ndarray]:
         """Reads a whole state without knowing the model: its arrays by name, such as ``params/embedding``.
@@ -389,16 +387,12 @@ class Checkpointer:
             return steps[-1]
         if step is None or step not in steps:
             which = "" if step is None else f" of step {step}"
-            have = f"; it has {_listed(steps)}" if steps else ""
+            have = f"; it has {listed(steps)}" if steps else ""
             raise UserError(f"{self._directory} holds no checkpoint{which}{have}.")
         return step
 
     def _check_fit(self, step: int, wanted: Any, saved: Any, *, dtypes: bool) -> None:
-        difference = naming.first_difference(wanted, saved, dtypes=dtypes)
-        if difference is not None:
-            raise UserError(
-                f"The checkpoint {self._directory / str(step)} does not fit this configuration: {difference}."
-            )
+        naming.check_fit(self._directory / str(step), wanted, saved, dtypes=dtypes)
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -461,20 +455,9 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:
     Raises:
       UserError: the path is none of these, or holds no whole checkpoint.
     """
-    path = Path(path).absolute()
-    model_dir, step = path, None
-    if path.name == DIRECTORY:
-        model_dir = path.parent
-    elif path.parent.name == DIRECTORY and path.name.isdecimal():
-        model_dir, step = path.parent.parent, int(path.name)
-    steps = Checkpointer(model_dir, read_only=True).steps()
-    if not steps or (step is not None and step not in steps):
-        have = f" ({model_dir} has {_listed(steps)})" if steps else ""
-        raise UserError(
-            f"{path} is no checkpoint{have}: name a MODEL_DIR that has some, or one of its folders "
-            f"MODEL_DIR/{DIRECTORY}/<step>."
-        )
-    return model_dir, steps[-1] if step is None else step
+    place = str(Path(path).absolute())
+    model_dir = Path(run_and_step(place)[0])
+    return model_dir, chosen_step(place, Checkpointer(model_dir, read_only=True).steps())
 
 
 def _meet(name: str) -> None:
@@ -483,7 +466,3 @@ def _meet(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-def _listed(steps: list[int]) -> str:
-    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switch_t5.checkpoint.fingerprint import as_text
+from switch_t5.checkpoint.folder import file_names, is_url, read_file, read_range
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 
 ITEM = "manifest"
@@ -29,9 +30,10 @@ _SMALL = 1 << 20
 _ARRAYS = "d"
 """Folders of this name are OCDBT's, of values; in small ones lie its nodes too."""
 _BLOCK = 1 << 20
-_METADATA = "_CHECKPOINT_METADATA"
+METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's own description of a checkpoint; a folder without it is not finished."""
 # Orbax writes these after every item; they hold times and the promise.
-_LATER = (_METADATA, "commit_success.txt")
+_LATER = (METADATA, "commit_success.txt")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -102,42 +104,55 @@ class Manifest:
     files: Mapping[str, tuple[int, str | None]]
 
 
-def read_manifest(checkpoint: Path) -> Manifest | None:
+def read_manifest(checkpoint: str | Path) -> Manifest | None:
     """Reads a checkpoint's manifest; None for one that was saved before there were any.
+
+    Args:
+      checkpoint: its folder, on a disk or at a URL.
 
     Raises:
       CheckpointDamaged: the manifest is damaged, or gone from a checkpoint that had one.
     """
-    path = checkpoint / ITEM / _FILE
+    path = f"{checkpoint}/{ITEM}/{_FILE}"
+    found = read_file(str(checkpoint), f"{ITEM}/{_FILE}")
+    if found is None:
+        if os.path.exists(os.path.dirname(path)) or _is_promised(str(checkpoint)):
+            raise CheckpointDamaged(f"{path} is missing.")
+        return None
     try:
-        checksum, text, end = path.read_text().split("\n")
+        checksum, text, end = found.decode().split("\n")
         if end or f"{zlib.crc32(text.encode()):08x}" != checksum:
             raise ValueError("its checksum differs")
         content = json.loads(text)
         files = {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
-        return Manifest(content["arrays"], files)
-    except FileNotFoundError:
-        if path.parent.exists() or _is_promised(checkpoint):
-            raise CheckpointDamaged(f"{path} is missing.") from None
-        return None
+        arrays = content["arrays"]
+        if not arrays or not all(isinstance(text, str) and text.isprintable() for text in (*arrays, *arrays.values())):
+            raise ValueError("it names no arrays")
+        return Manifest(arrays, files)
     # A hostile file may nest, and hold anything anywhere.
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointDamaged(f"{path} is damaged ({str(error)[:100]}).") from error
 
 
-def _is_promised(checkpoint: Path) -> bool:
+def _is_promised(checkpoint: str) -> bool:
     try:
-        return bool(json.loads((checkpoint / _METADATA).read_text()).get("custom_metadata"))
+        return bool(json.loads(read_file(checkpoint, METADATA) or b"").get("custom_metadata"))
     except (OSError, ValueError, AttributeError, RecursionError):
         return True  # Nothing says that there was none.
 
 
-def check_files(checkpoint: Path, manifest: Manifest) -> None:
+def check_files(checkpoint: str | Path, manifest: Manifest) -> None:
     """Checks that each file is there, as long as it was, and all but large ones of arrays bit for bit.
+
+    At a URL large ones of arrays must be as long at the least.
 
     Raises:
       CheckpointDamaged: names the first that is not.
     """
+    if is_url(str(checkpoint)):
+        _check_remote_files(str(checkpoint), manifest)
+        return
+    checkpoint = Path(checkpoint)
     for name, (size, checksum) in manifest.files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -148,7 +163,18 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
             raise CheckpointDamaged(f"{path} is damaged: its checksum differs.")
 
 
-def check_arrays(checkpoint: Path, manifest: Manifest, found: Mapping[str, Any]) -> None:
+def _check_remote_files(url: str, manifest: Manifest) -> None:
+    there = file_names(url)
+    for name, (size, checksum) in manifest.files.items():
+        if name not in there:
+            raise CheckpointDamaged(f"{url}/{name} is missing.")
+        if size and not read_range(url, name, size - 1, size):
+            raise CheckpointDamaged(f"{url}/{name} is shorter than {size:,} bytes.")
+        if checksum is not None and f"{zlib.crc32(read_file(url, name) or b''):08x}" != checksum:
+            raise CheckpointDamaged(f"{url}/{name} is damaged: its checksum differs.")
+
+
+def check_arrays(checkpoint: str | Path, manifest: Manifest, found: Mapping[str, Any]) -> None:
     """Checks fingerprints of arrays that were read.
 
     Args:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from switch_t5.errors import UserError
+
 SEPARATOR = "/"
 
 
@@ -43,6 +45,22 @@ def nest(named: Mapping[str, Any]) -> dict[str, Any]:
 def like(tree: Any, named: Mapping[str, Any]) -> Any:
     """Returns a pytree of ``tree``'s structure whose leaves are those of the same names in ``named``."""
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in named_leaves(tree)])
+
+
+def part(named: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Those of named leaves that belong to one part of a state, such as ``"params"``; all of them where it is empty."""
+    return {key: leaf for key, leaf in named.items() if not name or key.split(SEPARATOR)[0] == name}
+
+
+def check_fit(checkpoint: object, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, dtypes: bool) -> None:
+    """Checks that a checkpoint has the leaves that a run wants, see :func:`first_difference`.
+
+    Raises:
+      UserError: it has others; names the first.
+    """
+    difference = first_difference(wanted, saved, dtypes=dtypes)
+    if difference is not None:
+        raise UserError(f"The checkpoint {checkpoint} does not fit this configuration: {difference}.")
 
 
 def first_difference(wanted: Mapping[str, Any], saved: Mapping[str, Any], *, dtypes: bool) -> str | None:

@@ -4,53 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from switch_t5.checkpoint.fingerprint import Running
+from switch_t5.checkpoint.folder import array_errors, is_url, key_value_store
 from switch_t5.checkpoint.manifest import Manifest, check_arrays, check_files, read_manifest
 from switch_t5.checkpoint.naming import SEPARATOR
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, pieces
 
 _NAME_SEPARATOR = "."
+_REMOTE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})  # Where each look at an index is a request.
 
 
-def open_native(directory: Path, step: int, leaves: dict[str, Any]) -> OpenCheckpoint:
+def open_native(folder: str, step: int, leaves: Mapping[str, Any]) -> OpenCheckpoint:
     """Opens one checkpoint of a run.
 
     Args:
-      directory: ``MODEL_DIR/checkpoints``.
+      folder: ``MODEL_DIR/checkpoints/<step>``.
       step: which.
       leaves: shape and dtype of each array by name, as the checkpoint's metadata say.
     """
-    folder = directory / str(step)
     arrays = {
         name: StoredArray(
             tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(_read, folder, name, tuple(leaf.shape))
         )
         for name, leaf in leaves.items()
     }
-    return OpenCheckpoint(str(folder), "native", arrays, step)
+    return OpenCheckpoint(folder, "native", arrays, step)
 
 
-def _read(folder: Path, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    # Opened at each reading: a thousand open arrays would hold their caches.
-    base = {"driver": "file", "path": f"{folder / 'state'}/"}
+def open_array(folder: str, name: str) -> ts.Future[ts.TensorStore]:
+    """Opens an array in the folder of a checkpoint; its values are not read."""
+    base = key_value_store(f"{folder}/state").spec().to_json()
     store = {"driver": "ocdbt", "base": base, "path": name.replace(SEPARATOR, _NAME_SEPARATOR) + "/"}
-    try:
-        opened = ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()
+    context = _REMOTE if is_url(folder) else None
+    return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True, context=context)
+
+
+def _read(folder: str, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    with array_errors(f"{folder}: {name}"):
+        opened = open_array(folder, name).result()  # Anew each time: a thousand open arrays would hold their caches.
         if tuple(opened.shape) != shape:
             raise ValueError(f"its shape is {tuple(opened.shape)} and not {shape}")
         chunk = tuple(opened.chunk_layout.read_chunk.shape or ())
         if any((part or 1) > max(1, size) for size, part in zip(shape, chunk, strict=True)):
             raise ValueError(f"its chunks are {chunk}")  # tensorstore would take the room of a whole one, and abort.
         return opened[index].read().result()
-    except ValueError as error:
-        raise CheckpointDamaged(f"{folder}: {name} is damaged ({str(error).splitlines()[0][:200]}).") from error
 
 
 def checked(checkpoint: OpenCheckpoint) -> OpenCheckpoint:
@@ -59,7 +62,7 @@ def checked(checkpoint: OpenCheckpoint) -> OpenCheckpoint:
     Raises:
       CheckpointDamaged: the manifest is damaged; later, when an array that is damaged is read.
     """
-    folder = Path(checkpoint.path)
+    folder = checkpoint.path
     manifest = read_manifest(folder)
     if manifest is None:
         return checkpoint
@@ -70,7 +73,7 @@ def checked(checkpoint: OpenCheckpoint) -> OpenCheckpoint:
     return dataclasses.replace(checkpoint, arrays=arrays)
 
 
-def _read_checked(folder: Path, manifest: Manifest, name: str, array: StoredArray) -> Callable[[Index], np.ndarray]:
+def _read_checked(folder: str, manifest: Manifest, name: str, array: StoredArray) -> Callable[[Index], np.ndarray]:
     check = functools.cache(lambda: _check(folder, manifest, name, array))
 
     def read(index: Index) -> np.ndarray:
@@ -89,7 +92,7 @@ def verify(checkpoint: OpenCheckpoint) -> int:
     Raises:
       CheckpointDamaged: names the first array or file that is damaged.
     """
-    folder = Path(checkpoint.path)
+    folder = checkpoint.path
     manifest = read_manifest(folder)
     if manifest is None:
         return 0
@@ -101,7 +104,7 @@ def verify(checkpoint: OpenCheckpoint) -> int:
     return len(manifest.arrays)
 
 
-def _check(folder: Path, manifest: Manifest, name: str, array: StoredArray) -> None:
+def _check(folder: str, manifest: Manifest, name: str, array: StoredArray) -> None:
     check_arrays(folder, manifest, {name: fingerprint_of(array)})
 
 

@@ -14,10 +14,10 @@ from orbax.checkpoint import type_handlers
 
 from switch_t5.checkpoint.data_positions import DataPositionsSave
 from switch_t5.checkpoint.fingerprint import Running
-from switch_t5.checkpoint.manager import DIRECTORY
 from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
 from switch_t5.checkpoint.orbax_manager import in_pieces, make_manager
 from switch_t5.checkpoint.retention import CheckpointConfig
+from switch_t5.checkpoint.run_folder import DIRECTORY
 from switch_t5.checkpoint.stored_arrays import Produce, StoredArray, writable_chunks
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 from jax import numpy as jnp
 
+from switch_t5.checkpoint.folder import array_errors, file_names, key_value_store, read_file
 from switch_t5.checkpoint.stored_arrays import (
     CheckpointDamaged,
     Index,
@@ -40,14 +40,6 @@ _UNSYNCED = ts.Context({"file_io_sync": False})
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint32", "bool")
 
 
-def key_value_store(path: str) -> ts.KvStore:
-    """The files below a folder, local or ``gs://``."""
-    if "://" in path:
-        return ts.KvStore.open(path.rstrip("/") + "/").result()
-    # A URL would give some characters of a name a meaning.
-    return ts.KvStore.open({"driver": "file", "path": f"{os.path.abspath(path)}/"}).result()
-
-
 def open_t5x(path: str) -> OpenCheckpoint:
     """Opens a checkpoint of T5X; no array is read, but all of its files are looked for.
 
@@ -59,7 +51,7 @@ def open_t5x(path: str) -> OpenCheckpoint:
       UserError: the index names a folder elsewhere, or a dtype or size that no model has.
     """
     index = _read_index(path)
-    files = {key.decode() for key in key_value_store(path).list().result()}
+    files = file_names(path)
     arrays: dict[str, StoredArray] = {}
     missing: list[str] = []
     for name, leaf in _leaves(index.get("optimizer"), path):
@@ -89,14 +81,14 @@ def _step(stored: StoredArray | None, path: str) -> int | None:
 
 
 def _read_index(path: str) -> dict[str, Any]:
-    if "://" not in path and os.path.isfile(file := os.path.join(path, INDEX)):
-        _check_size(path, os.path.getsize(file))
-    found = key_value_store(path).read(INDEX).result()
-    if found.state != "value":
-        raise CheckpointDamaged(f"{path} has no file {INDEX!r}, T5X's index: it is no T5X checkpoint, or not whole.")
-    _check_size(path, len(found.value))  # A store tells no size beforehand.
     try:
-        index = msgpack.unpackb(found.value, ext_hook=_extension, strict_map_key=False)
+        found = read_file(path, INDEX, _LARGEST_INDEX)
+    except OSError as error:
+        raise CheckpointDamaged(f"{path}/{INDEX} cannot be read ({error.strerror}).") from error
+    if found is None:
+        raise CheckpointDamaged(f"{path} has no file {INDEX!r}, T5X's index: it is no T5X checkpoint, or not whole.")
+    try:
+        index = msgpack.unpackb(found, ext_hook=_extension, strict_map_key=False)
     # What damaged bytes raise is of many kinds: all mean that the index cannot be read.
     except Exception as error:
         raise CheckpointDamaged(f"{path}/{INDEX} is damaged: it is no msgpack ({error}).") from error
@@ -106,11 +98,6 @@ def _read_index(path: str) -> dict[str, Any]:
     if version != VERSION:
         raise UserError(f"{path}/{INDEX} is of version {version!r}: version {VERSION} can be read.")
     return index
-
-
-def _check_size(path: str, size: int) -> None:
-    if size > _LARGEST_INDEX:
-        raise UserError(f"{path}/{INDEX} has {size:,} bytes, which no index has.")
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -174,7 +161,7 @@ def _part(array: np.ndarray, index: Index) -> np.ndarray:
 
 
 def _read(path: str, folder: str, shape: tuple[int, ...], chunk: tuple[int, ...], index: Index) -> np.ndarray:
-    try:
+    with array_errors(f"{path}/{folder}"):
         store = ts.open(
             {"driver": "zarr", "kvstore": key_value_store(f"{path}/{folder}").spec().to_json()}, open=True, read=True
         ).result()
@@ -184,8 +171,6 @@ def _read(path: str, folder: str, shape: tuple[int, ...], chunk: tuple[int, ...]
         if chunks != chunk:  # tensorstore would take the room of a whole chunk, whatever its size, and abort.
             raise ValueError(f"its chunks are {chunks} and not {chunk}")
         return store[index].read().result()
-    except ValueError as error:
-        raise CheckpointDamaged(f"{path}/{folder} is damaged ({str(error).splitlines()[0][:200]}).") from error
 
 
 def write_t5x(

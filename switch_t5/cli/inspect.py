@@ -13,7 +13,9 @@ from switch_t5.cli.output import add_json_flag, write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    parser.add_argument("checkpoint", help="a MODEL_DIR or one checkpoint of ours, a T5X or a Hugging Face folder")
+    parser.add_argument(
+        "checkpoint", help="a MODEL_DIR or a checkpoint of ours, a T5X or a Hugging Face folder, or a URL"
+    )
     parser.add_argument("--deep", action="store_true", help="read every array; ours and converted ones are checked")
     add_json_flag(parser)
 

@@ -64,13 +64,19 @@ def run(args: argparse.Namespace) -> int:
     with Checkpointer(model_dir, spec.checkpoint) as checkpointer:
         if is_first():  # Another run that is writing there was refused before this.
             _write_configuration(configuration, model_dir)
+        resumes = checkpointer.latest_step() is not None
         state = _first_state(run, checkpointer, batches)
         first_step = int(state.step)
         _banner(run, first_step)
         if first_step >= spec.train.train_steps:
+            if not resumes:
+                raise UserError(
+                    f"{spec.train.initial_checkpoint_path} is trained to step {first_step}, and TRAIN_STEPS is "
+                    f"{spec.train.train_steps}: raise it to go on from there."
+                )
             print(f"{model_dir} is trained to step {first_step} already; raise TRAIN_STEPS to go on.", file=sys.stderr)
             return 0
-        with GracefulStop() as stop, recorder(run, first_step) as record:
+        with GracefulStop() as stop, recorder(run, first_step, resumes=resumes) as record:
             state = train(
                 state,
                 spec.train,
@@ -81,9 +87,11 @@ def run(args: argparse.Namespace) -> int:
                 checkpointer=checkpointer,
                 recorder=record,
                 stop=stop,
+                begins=not resumes,
                 score=run.scorer and run.scorer.scores,
             )
-    _farewell(int(state.step), spec.train.train_steps, model_dir)
+    saved = resumes or int(state.step) > first_step
+    _farewell(int(state.step), spec.train.train_steps, model_dir, saved=saved)
     return stop.exit_code
 
 
@@ -212,7 +220,7 @@ def _sharing(num_shards: int) -> str:
 
 
 @contextlib.contextmanager
-def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
+def recorder(run: Run, first_step: int, *, resumes: bool) -> Iterator[Recorder]:
     """Opens everything that measurements go to."""
     from switch_t5.cli.processes import is_first
     from switch_t5.training.loop import Recorder
@@ -221,7 +229,7 @@ def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
     from switch_t5.training.tensorboard import TensorBoard
 
     train, data = run.spec.train, run.spec.data
-    model_dir, resumed = Path(train.model_dir), first_step or None
+    model_dir, resumed = Path(train.model_dir), first_step if resumes else None
     tokens = data.batch_size * sum(data.task_feature_lengths.values())
     with (
         MetricsFile(model_dir / "metrics.jsonl", resumed, active=is_first()) as metrics,
@@ -233,10 +241,10 @@ def recorder(run: Run, first_step: int) -> Iterator[Recorder]:
         yield Recorder(metrics, tensorboard, progress, speed, train.optimizer.learning_rate, task)
 
 
-def _farewell(step: int, train_steps: int, model_dir: Path) -> None:
+def _farewell(step: int, train_steps: int, model_dir: Path, *, saved: bool) -> None:
     """Says how the run ended and where its files are."""
     files = f"Its metrics are in {model_dir / 'metrics.jsonl'}, its curves in {model_dir / 'tensorboard'}"
-    if not step:
+    if not saved:
         how = "Stopped before the first step: there is nothing to save yet."
     elif step < train_steps:
         how = f"Stopped and saved at step {step} of {train_steps}; the same command goes on from there."

@@ -47,11 +47,12 @@ def load_model(config: TransformerConfig, abstract_params: Params, path: str) ->
       path: see :func:`switch_t5.checkpoint.formats.format_of`; of a run of ours, its newest checkpoint.
     """
     from switch_t5.checkpoint import load
+    from switch_t5.checkpoint.folder import is_url
     from switch_t5.checkpoint.format_names import NATIVE
     from switch_t5.checkpoint.formats import format_of
     from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
-    if format_of(path)[0] == NATIVE:
+    if not is_url(path) and format_of(path)[0] == NATIVE:
         model_dir, step = locate_checkpoint(path)
         with Checkpointer(model_dir, read_only=True) as source:
             # A model scanned here and not there is read as another format would be; sparse attention, say, is not.
@@ -64,11 +65,12 @@ def load_model(config: TransformerConfig, abstract_params: Params, path: str) ->
 def load_state(run: Run, path: str) -> TrainState:
     """Parameters, optimizer and step of a checkpoint, to go on from in another run."""
     from switch_t5.checkpoint import load
+    from switch_t5.checkpoint.folder import is_url
     from switch_t5.checkpoint.format_names import NATIVE
     from switch_t5.checkpoint.formats import format_of
     from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
-    if format_of(path)[0] == NATIVE:
+    if not is_url(path) and format_of(path)[0] == NATIVE:
         model_dir, step = locate_checkpoint(path)
         with Checkpointer(model_dir, read_only=True) as source:
             return source.restore_part("", run.abstract_state, step)

@@ -193,6 +193,7 @@ def train(
     checkpointer: Saver,
     recorder: Recorder,
     stop: GracefulStop,
+    begins: bool,
     score: Callable[[Any], Mapping[str, Mapping[str, float]]] | None = None,
 ) -> TrainState:
     """Trains until ``train_steps`` or until a stop is asked for; the last state is saved either way.
@@ -207,6 +208,7 @@ def train(
       checkpointer: where states go.
       recorder: where measurements go.
       stop: asks for an early end.
+      begins: whether this is a run's start, which is measured and whose first step is recorded; False where it resumes.
       score: parameters to each task's scores; None where no task is scored.
 
     Returns:
@@ -224,8 +226,8 @@ def train(
         return values | {f"{task}/{name}": value for task, of_task in scores.items() for name, value in of_task.items()}
 
     step, measuring = int(state.step), bool(config.eval_batches) or score is not None
-    if step == 0 and measuring:
-        measure(0, state.params)
+    if begins and measuring:
+        measure(step, state.params)
     first, stopping = step + 1, stop.reached(step)
     while step < config.train_steps and not stopping:
         state, metrics = step_fn(state, place(next(batches)))
@@ -235,7 +237,7 @@ def train(
         if step == first:
             jax.block_until_ready(metrics["loss"])
             recorder.speedometer.start(step)
-        if step == 1 or last or _due(step, config.log_period):
+        if (begins and step == first) or last or _due(step, config.log_period):
             recorder.log(step, jax.device_get(metrics))
         recorder.progress.advance(step)
 

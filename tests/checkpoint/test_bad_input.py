@@ -374,7 +374,7 @@ def test_more_stacked_blocks_than_any_model_has_are_refused_before_they_are_coun
 
 def test_an_index_of_gigabytes_is_refused_unread(t5x):
     os.truncate(t5x / "checkpoint", 1 << 40)  # A hole that takes no room, and could not be read into memory.
-    with pytest.raises(UserError, match=r"checkpoint has 1,099,511,627,776 bytes, which no index has"):
+    with pytest.raises(UserError, match=r"checkpoint has 1,099,511,627,776 bytes, which no such file has"):
         read_checkpoint(str(t5x))
 
 
@@ -439,7 +439,7 @@ def test_a_folder_below_one_called_checkpoints_is_recognised(sources, tmp_path):
 def test_a_store_with_checkpoints_deeper_than_one_folder_is_one_sentence(sources, tmp_path):
     url = f"file://{tmp_path}/bucket"
     shutil.copytree(sources["t5x"], tmp_path / "bucket" / "base" / "checkpoint_17")
-    with pytest.raises(UserError, match=r"bucket holds no checkpoint of T5X"):
+    with pytest.raises(UserError, match=r"bucket is no checkpoint: name a MODEL_DIR of ours, a T5X folder"):
         format_of(url)
     assert format_of(f"{url}/base") == ("t5x", f"{url}/base/checkpoint_17")
 

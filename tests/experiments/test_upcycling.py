@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,10 +13,8 @@ from scripts.experiments.program import COMMON, TINY, dense
 from switch_t5.cli.build import ROOTS, RunSpec
 from switch_t5.cli.configuration import Configuration
 
-ONE = script.Seed(
-    3.0, {"dense": 3.0, "upcycled": 3.00001}, {"dense": {5: 2.5, 10: 2.0}, "upcycled": {5: 2.25, 10: 1.5}}
-)
-OTHER = script.Seed(2.0, {"dense": 2.0, "upcycled": 2.0}, {"dense": {5: 2.0, 10: 2.0}, "upcycled": {5: 2.25, 10: 1.75}})
+ONE = script.Seed({"dense": {0: 3.0, 5: 2.5, 10: 2.0}, "upcycled": {0: 3.00001, 5: 2.25, 10: 1.5}})
+OTHER = script.Seed({"dense": {0: 2.0, 5: 2.0, 10: 2.0}, "upcycled": {0: 2.0, 5: 2.25, 10: 1.75}})
 
 
 def test_both_arms_go_on_from_the_same_checkpoint_with_the_same_data(monkeypatch, tmp_path: Path) -> None:
@@ -28,16 +25,14 @@ def test_both_arms_go_on_from_the_same_checkpoint_with_the_same_data(monkeypatch
         configuration.check_flags_have_effect(ROOTS)
         asked[model_dir.name] = RunSpec.read(configuration)
         model_dir.mkdir(parents=True)
-        evaluated = range(12 + eval_period, steps + 1, eval_period) if eval_period else [steps]
-        entries = [{"step": 13, "cross_entropy": 9.0}]
-        entries += [{"step": step, "task": "text", "loss": 20.0 - step} for step in evaluated]
+        evaluated = range(12, steps + 1, eval_period) if eval_period else [steps]
+        entries = [{"step": step, "task": "text", "loss": 20.0 - step} for step in evaluated]
         (model_dir / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
     monkeypatch.setattr(script, "train", train)
     args, given = script._parse(["--quick", "--gin.NUM_EXPERTS=4", "--points=2"])
     losses = script.losses_of_seed(tmp_path / "seed_3", args, [*COMMON, *TINY, *given, "SEED=3"])
-    assert (losses.start, losses.first_batch) == (8.0, {"dense": 9.0, "upcycled": 9.0})
-    assert losses.held_out == {arm: {3: 5.0, 6: 2.0} for arm in script.ARMS}
+    assert losses.held_out == {arm: {0: 8.0, 3: 5.0, 6: 2.0} for arm in script.ARMS}
     start, goes_on, upcycled = (asked[name] for name in ("start", "dense", "upcycled"))
     assert (start.train.train_steps, goes_on.train.train_steps, upcycled.train.train_steps) == (12, 18, 18)
     assert start.transformer == goes_on.transformer
@@ -65,11 +60,11 @@ def test_gains_are_those_of_each_seed_and_known_seeds_are_not_trained_again(
     assert script.main([*flags, "--seeds=0,1"]) == 0
     assert trained == ["seed_0", "seed_1"]
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert [row["step"] for row in rows] == [5, 10]
+    assert [row["step"] for row in rows] == [0, 5, 10]
     assert rows[-1]["gain_by_seed"] == [0.5, 0.25]
     assert rows[-1]["gain"] == 0.375 and rows[-1]["gain_std"] == pytest.approx(math.sqrt(0.03125))
     printed = capsys.readouterr().out
-    assert "| 0 | 2.5000 ± 0.7071 | the same model | – |" in printed
+    assert "| 0 | 2.5000 ± 0.7071 | 2.5000 ± 0.7071 | -0.0000 ± 0.0000 |" in printed
     assert "| 10 | 2.0000 ± 0.0000 | 1.6250 ± 0.1768 | 0.3750 ± 0.1768 |" in printed
     assert "differ by 3.3e-06 at the most" in printed
     with pytest.raises(SystemExit, match="other steps or settings"):
@@ -77,11 +72,11 @@ def test_gains_are_those_of_each_seed_and_known_seeds_are_not_trained_again(
 
 
 def test_another_start_and_a_loss_that_is_not_finite_are_told(monkeypatch, capsys) -> None:
-    elsewhere = dataclasses.replace(ONE, first_batch={"dense": 3.0, "upcycled": 3.001})
+    elsewhere = script.Seed({"dense": {0: 3.0, 5: 1.0}, "upcycled": {0: 3.001, 5: 1.0}})
     monkeypatch.setattr(script, "losses_of_seed", lambda *rest: elsewhere)
     assert script.main(["--json=-"]) == 1
     assert capsys.readouterr().err == "Seed 0: the upcycled model starts at 3.001, and the dense one at 3.0.\n"
-    infinite = dataclasses.replace(ONE, held_out={"dense": {5: 3.0}, "upcycled": {5: math.nan}})
+    infinite = script.Seed({"dense": {0: 3.0, 5: 3.0}, "upcycled": {0: 3.0, 5: math.nan}})
     monkeypatch.setattr(script, "losses_of_seed", lambda *rest: infinite)
     assert script.main([]) == 1
     captured = capsys.readouterr()
@@ -98,5 +93,5 @@ def test_settings_of_experts_are_left_out_of_a_dense_model() -> None:
 def test_the_quick_form_starts_at_the_dense_loss_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--quick", "--dense_steps=4", "--more_steps=2", "--points=2", "--json=-"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [row["step"] for row in result["rows"]] == [1, 2]
-    assert result["rows"][1]["dense"] < result["by_seed"]["0"]["start"]
+    assert [row["step"] for row in result["rows"]] == [0, 1, 2]
+    assert result["rows"][2]["dense"] < result["rows"][0]["dense"]
