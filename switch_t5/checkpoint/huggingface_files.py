@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +95,30 @@ def _shards(folder: str) -> dict[str, list[str]]:
 
 def _open_shard(folder: str, name: str) -> dict[str, StoredArray]:
     file = f"{folder}/{name}"
-    try:
-        # The library checks the header: sizes, overlaps, and that the file has each byte that it promises.
-        opened = safetensors.safe_open(file, framework="numpy")
-        arrays = {}
-        for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-            piece = opened.get_slice(name)
+    arrays = {}
+    with _opened(file) as shard:
+        for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+            piece = shard.get_slice(name)
             shape = tuple(piece.get_shape())
             dtype = dtype_of(piece.get_dtype(), f"{file} holds {name}")
-            arrays[name] = StoredArray(shape, dtype, functools.partial(_read, opened, name, shape))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointDamaged(f"{file} is damaged: it is no safetensors file ({str(error)[:150]}).") from error
+            arrays[name] = StoredArray(shape, dtype, functools.partial(_read, file, name, shape))
     return arrays
 
 
-def _read(opened: Any, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    if not shape:
-        return opened.get_tensor(name)
-    return opened.get_slice(name)[index]
+def _read(file: str, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    # Opened anew each time: what a mapped file has read stays in the process's memory until it is closed.
+    with _opened(file) as shard:
+        return shard.get_slice(name)[index] if shape else shard.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """A file by the library, which checks its header: sizes, overlaps, and that each byte is there."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as shard:
+            yield shard
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointDamaged(f"{file} is damaged: it is no safetensors file ({str(error)[:150]}).") from error
 
 
 def write_huggingface(
