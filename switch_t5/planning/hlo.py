@@ -142,22 +142,45 @@ class _Walk:
         self.dot_flops = 0
         self.loops_of_unknown_length = 0
 
-    def visit(self, name: str, times: int) -> None:
+    def visit(self, name: str, times: int, chains: set[str] | None = None) -> None:
+        """Counts a computation.
+
+        Args:
+          name: the computation's.
+          times: how often it runs.
+          chains: the asynchronous collectives that its caller has met; None for one that is no fusion.
+        """
+        chains = set() if chains is None else chains
         operations = self.computations.get(name, [])
         arrays = {operation.name: operation.arrays for operation in operations}
         for operation in operations:
             kind = operation.opcode.removesuffix("-start")
             if kind in KINDS:
-                self._collective(operation, kind, times)
+                self._collective(operation, kind, times, chains)
             elif operation.opcode == "dot":
                 self.dot_flops += times * _dot_flops(operation, arrays)
             elif operation.opcode == "while":
                 self.visit(_attribute(operation, "body"), times * self._trips(operation))
             elif not operation.opcode.endswith(("-done", "-update")):
                 for called in _called(operation):
-                    self.visit(called, times)
+                    if called.startswith("all-reduce-scatter"):
+                        self._scatter(operation, called, times)
+                    else:
+                        self.visit(called, times, chains if operation.opcode == "fusion" else None)
 
-    def _collective(self, operation: Operation, kind: str, times: int) -> None:
+    def _scatter(self, fusion: Operation, called: str, times: int) -> None:
+        """A TPU's reduce-scatter, written as a fusion of an all-reduce with the slices that it leaves."""
+        for operation in self.computations.get(called, []):
+            if operation.opcode == "all-reduce":
+                result = dataclasses.replace(operation, arrays=fusion.arrays)
+                self._collective(result, "reduce-scatter", times, set())
+
+    def _collective(self, operation: Operation, kind: str, times: int, chains: set[str]) -> None:
+        # A TPU's asynchronous collective stands in each fusion that computes beside it, and is sent once.
+        chain = re.search(r'chain_id="(\w+)"', operation.rest)
+        if chain and chain[1] in chains:
+            return
+        chains |= {chain[1]} if chain else set()
         groups = tuple(group for group in _groups(operation.rest, self.num_devices) if len(group) > 1)
         if groups:
             source = re.search(r'op_name="([^"]*)"', operation.rest)

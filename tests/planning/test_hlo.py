@@ -148,6 +148,42 @@ ENTRY %main (q: f32[4]) -> f32[4] {
     assert [one.sent for one in read_program(text, 8).collectives] == [8.0]
 
 
+def test_a_gather_of_a_tpu_that_fusions_hide_counts_once_a_turn_and_its_scatter_is_no_sum():
+    text = """\
+%start (p: bf16[1]) -> bf16[8] {
+  %p = bf16[1]{0} parameter(0)
+  ROOT %g.1 = bf16[8]{0} all-gather(%p), channel_id=3, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="5"}
+}
+
+%beside (p: bf16[1]) -> bf16[8] {
+  %p = bf16[1]{0} parameter(0)
+  ROOT %g.2 = bf16[8]{0} all-gather(%p), channel_id=3, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="5"}
+}
+
+%all-reduce-scatter.1 (p: f32[16]) -> f32[2] {
+  %p = f32[16]{0} parameter(0)
+  %s = f32[16]{0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %d = f32[2]{0} dynamic-slice(%s), dynamic_slice_sizes={2}
+}
+
+%body (p: bf16[1]) -> bf16[1] {
+  %p = bf16[1]{0} parameter(0)
+  %a = bf16[8]{0} fusion(%p), kind=kCustom, calls=%start
+  ROOT %b = bf16[8]{0} fusion(%p), kind=kOutput, calls=%beside
+}
+
+ENTRY %main (q: bf16[1], r: f32[16]) -> f32[2] {
+  %q = bf16[1]{0} parameter(0)
+  %r = f32[16]{0} parameter(1)
+  %w = bf16[1]{0} while(%q), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  ROOT %t = f32[2]{0} fusion(%r), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    gather, scatter = read_program(text, 8).collectives
+    assert (gather.kind, gather.times, gather.sent) == ("all-gather", 6, 6 * 7 / 8 * 16)
+    assert (scatter.kind, scatter.times, scatter.sent) == ("reduce-scatter", 1, 7 / 8 * 64)
+
+
 def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         read_program("hello", 8)
