@@ -42,6 +42,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     saved(folder / "shared", state_of(SHARED))
     with pytest.MonkeyPatch.context() as patch, serve(root) as address:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        patch.setenv("no_proxy", "127.0.0.1")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")  # Nobody is asked who we are.
         yield folder
 
