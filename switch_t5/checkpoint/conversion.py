@@ -97,13 +97,15 @@ def _check_what_no_array_tells(source: Recognised) -> None:
     if checkpoint.format != NATIVE:
         return
     run = os.path.dirname(os.path.dirname(checkpoint.path))
-    for name, read_with in untold(source.architecture).items():
-        try:
-            text = (read_file(run, "config.gin") or b"").decode()
-            found = re.search(rf"^TransformerConfig\.{name} = (.+)$", text, re.MULTILINE)
-            value = ast.literal_eval(found[1]) if found else read_with
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{run}/config.gin is no configuration of a run ({str(error)[:100]}).") from error
+    known = untold(source.architecture)
+    try:
+        text = (read_file(run, "config.gin") or b"").decode()
+        found = {name: re.search(rf"^TransformerConfig\.{name} = (.+)$", text, re.MULTILINE) for name in known}
+        told = {name: ast.literal_eval(match[1]) for name, match in found.items() if match}
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{run}/config.gin is no configuration of a run ({str(error)[:100]}).") from error
+    for name, value in told.items():
+        read_with = known[name]
         if (tuple(value) if isinstance(value, list) else value) != read_with:
             raise UserError(
                 f"{run}/config.gin has TransformerConfig.{name} = {value!r}, and models of the other formats are read "

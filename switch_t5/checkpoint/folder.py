@@ -21,7 +21,7 @@ _OUT_OF_REACH = re.compile(
     r"(UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED)\b"
 )
 # What tensorstore makes of its errors: ValueError for most of them.
-_ERRORS = (ValueError, RuntimeError, OSError, NotImplementedError, OverflowError, TypeError)
+_ERRORS = (ValueError, RuntimeError, OSError, OverflowError, TypeError)
 
 
 def is_url(path: str) -> bool:

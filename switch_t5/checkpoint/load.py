@@ -12,7 +12,7 @@ from switch_t5.checkpoint import naming, native_layout, native_remote
 from switch_t5.checkpoint.architecture import Architecture
 from switch_t5.checkpoint.folder import is_url
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE
-from switch_t5.checkpoint.formats import format_of, open_checkpoint, read_checkpoint
+from switch_t5.checkpoint.formats import format_of, read_checkpoint
 from switch_t5.checkpoint.huggingface import MAX_DISTANCE
 from switch_t5.checkpoint.param_map import Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
@@ -142,7 +142,10 @@ def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any
 
 def _remote(path: str) -> OpenCheckpoint | None:
     """The checkpoint of ours at a URL; None for what lies on a disk, or is of another format."""
-    return open_checkpoint(path) if is_url(path) and format_of(path)[0] == NATIVE else None
+    if not is_url(path):
+        return None
+    form, place = format_of(path)
+    return native_remote.open_remote(place) if form == NATIVE else None
 
 
 def no_adafactor(path: str) -> UserError:

@@ -105,12 +105,12 @@ def _summed(size: int, axis: str, purpose: str, sent: float, minimum: float) -> 
 
 def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     """Sums over the devices that hold the same part of a parameter and saw other sequences."""
+    narrow = _narrow(workload, merged)
     tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
     for kind, number, name in workload.params.kinds:
         split = sharded_over(kind)
-        one = shard_bytes(kind, mesh, name) * _narrowed(kind, workload, merged)
+        one = shard_bytes(kind, mesh, name) * (narrow if _is_kernel(kind) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
-        narrow = workload.itemsize / FLOAT32 if merged else 1.0
         times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/") * narrow
         purpose = "gradients of experts" if "expert" in split else "gradients of dense layers"
         sent, least = one * times * workload.microbatches, one * number
@@ -128,17 +128,22 @@ def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tran
     """Parameters that lie in parts, made whole: of blocks in each pass, others once."""
     # XLA's CPU backend gathers once for both passes, as its HLO shows.
     passes = 2 if merged else 1
+    narrow = _narrow(workload, merged)
     for kind, number, name in workload.params.kinds:
         if "fsdp" in sharded_over(kind):
-            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name) * _narrowed(kind, workload, merged)
+            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name) * (narrow if _is_kernel(kind) else 1.0)
             once = ring_bytes("all-gather", mesh.fsdp, whole)
             times = (passes if kind.in_blocks else 1) * workload.microbatches
             yield Transfer("fsdp", "all-gather", "parameters", once * times, once)
 
 
-def _narrowed(kind: ArrayKind, workload: Workload, merged: bool) -> float:
+def _narrow(workload: Workload, merged: bool) -> float:
     """How much of a kernel is sent, or of its gradient: compilers for accelerators cast before they send."""
-    return workload.itemsize / FLOAT32 if merged and _KERNEL_AXES & set(kind.axes) else 1.0
+    return workload.itemsize / FLOAT32 if merged else 1.0
+
+
+def _is_kernel(kind: ArrayKind) -> bool:
+    return bool(_KERNEL_AXES & set(kind.axes))
 
 
 def _joined(mesh: MeshShape, axes: set[str]) -> tuple[int, str]:

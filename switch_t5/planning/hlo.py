@@ -178,9 +178,10 @@ class _Walk:
     def _collective(self, operation: Operation, kind: str, times: int, chains: set[str]) -> None:
         # A TPU's asynchronous collective stands in each fusion that computes beside it, and is sent once.
         chain = re.search(r'chain_id="(\w+)"', operation.rest)
-        if chain and chain[1] in chains:
-            return
-        chains |= {chain[1]} if chain else set()
+        if chain:
+            if chain[1] in chains:
+                return
+            chains.add(chain[1])
         groups = tuple(group for group in _groups(operation.rest, self.num_devices) if len(group) > 1)
         if groups:
             source = re.search(r'op_name="([^"]*)"', operation.rest)
