@@ -72,39 +72,39 @@ def finish(parts: dict[str, Parts]) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnums=2)
 def _part(shard: Array, offset: Array, shape: tuple[int, ...]) -> Array:
     """The sums of a shard whose first entry is at ``offset`` of an array of this shape."""
-    bits = _bits(shard)
-    words = bits.shape[len(shape) :]
-    dims = (*shape, *words)
-    strides = np.cumprod([1, *reversed(dims)])[-2::-1].tolist()
-    first = offset * np.uint32(math.prod(words))
+    strides = np.cumprod([1, *reversed(_in_words(shape, shard.dtype))])[-2::-1].tolist()
     sums = jax.lax.platform_dependent(
-        bits,
-        first,
+        shard,
+        offset * np.uint32(_words(shard.dtype)),
         cpu=functools.partial(_by_rows, strides=strides),
         default=functools.partial(_at_once, strides=strides),
     )
     return sums * np.array([1, _WEIGHT], np.uint32)
 
 
-def _at_once(bits: Array, first: Array, strides: list[int]) -> Array:
-    """Both sums of bits, the second without its factor, by one pass over all."""
+def _at_once(array: Array, first: Array, strides: list[int]) -> Array:
+    """Both sums of the array's bits, the second without its factor, by one pass over all."""
+    bits = _bits(array)
     odd = 2 * (first + _positions(bits.shape, strides)) + 1
     return jnp.stack([jnp.sum(bits * odd, dtype=jnp.uint32), jnp.sum(_mixed(bits) * odd, dtype=jnp.uint32)])
 
 
-def _by_rows(bits: Array, first: Array, strides: list[int], row: int = _ROW) -> Array:
+def _by_rows(array: Array, first: Array, strides: list[int], row: int = _ROW) -> Array:
     """As :func:`_at_once`, by a loop over rows: XLA:CPU vectorises sums into an array, not sums of an array."""
-    if not bits.ndim:
-        return _at_once(bits, first, strides)
-    at, split = _row_of(bits.shape, row)
-    rows, inner = (*bits.shape[:at], bits.shape[at] // split), (split, *bits.shape[at + 1 :])
+    dims = _in_words(array.shape, array.dtype)
+    if not dims:
+        return _at_once(array, first, strides)
+    at, split = _row_of(dims, row)
+    rows, inner = (*dims[:at], dims[at] // split), (split, *dims[at + 1 :])
     starts = (first + _positions(rows, [*strides[:at], strides[at] * split])).reshape(-1)
     positions = _positions(inner, strides[at:]).reshape(-1)
-    table = bits.reshape(starts.size, positions.size)
+    # As numbers still: the bits of a whole array before the loop would be a copy of it.
+    table = array.reshape(starts.size, positions.size // _words(array.dtype))
 
     def add(row: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        bits = _bits(table[row]).reshape(-1)
         odd = 2 * (starts[row] + positions) + 1
-        return sums[0] + table[row] * odd, sums[1] + _mixed(table[row]) * odd
+        return sums[0] + bits * odd, sums[1] + _mixed(bits) * odd
 
     zeros = jnp.zeros(positions.size, jnp.uint32)
     sums = jax.lax.fori_loop(0, starts.size, add, (zeros, zeros))
@@ -131,6 +131,16 @@ def _positions(dims: tuple[int, ...], strides: list[int]) -> Array:
 def _mixed(bits: Array) -> Array:
     mixed = (bits ^ (bits >> 15)) * np.uint32(_MIX)
     return mixed ^ (mixed >> 13)
+
+
+def _words(dtype: np.dtype) -> int:
+    """Sums count an entry as so many uint32."""
+    return max(1, np.dtype(dtype).itemsize // 4)
+
+
+def _in_words(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape of an array's bits: see :func:`_bits`."""
+    return shape if _words(dtype) == 1 else (*shape, _words(dtype))
 
 
 def _bits(array: Array) -> Array:
@@ -160,7 +170,7 @@ class Running:
           offset: the position of the first among all entries.
         """
         flat = np.ascontiguousarray(values).reshape(-1)
-        words = max(1, flat.dtype.itemsize // 4)
+        words = _words(flat.dtype)
         dtype = {1: np.uint8, 2: np.uint16}.get(flat.dtype.itemsize, np.uint32)
         bits = flat.view(dtype)
         for begin in range(0, bits.size, _CHUNK):
