@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,8 @@ from switch_t5.storage import FAILING, storage_errors, writable_directory
 # Orbax takes most of a second to import; a run meets it with its first checkpoint.
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+    from switch_t5.checkpoint.manifest import Manifest
 
 # How tensorstore begins an error about a file that is damaged or gone, or that the disk cannot read.
 _DAMAGED = re.compile(r"(DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNKNOWN|INTERNAL)\b")
@@ -259,17 +261,19 @@ class Checkpointer:
         _meet("damaged checkpoint renamed")
 
     def _restore(self, abstract_state: Any, step: int, positions: Collection[str] | None) -> Restored:
+        import orbax.checkpoint as ocp
+
         from switch_t5.checkpoint.data_positions import DataPositionsRestore
+        from switch_t5.checkpoint.native_restore import read_arrays
 
         step = self._existing(step)
         wanted = naming.named_leaves(abstract_state)
         with self._read_errors(step):
-            check = self._checker(step)
-            self._check_fit(step, wanted, self._saved_leaves(step), dtypes=True)
-            items = self._read(step, wanted, data=DataPositionsRestore(positions))
-            leaves = naming.named_leaves(items["state"])
-            check(leaves)
-        return Restored(naming.like(abstract_state, leaves), items["data"], step)
+            manifest, saved = self._described(step)
+            naming.check_fit(self._folder(step), wanted, saved, dtypes=True)
+            data = self._manager.restore(step, args=ocp.args.Composite(data=DataPositionsRestore(positions)))["data"]
+            leaves = read_arrays(self._folder(step), wanted, saved, manifest)
+        return Restored(naming.like(abstract_state, leaves), data, step)
 
     def restore_part(self, name: str, abstract_part: Any, step: int | None = None) -> Any:
         """Reads one part of the state, such as the parameters without the optimizer's state.
@@ -283,30 +287,18 @@ class Checkpointer:
           CheckpointDamaged: the checkpoint is damaged.
           UserError: there is no such checkpoint; a leaf has another shape or is missing.
         """
+        from switch_t5.checkpoint import native_restore
+
         step = self._existing(step)
-        wanted = naming.named_leaves({name: abstract_part} if name else abstract_part)
         with self._read_errors(step):
-            check = self._checker(step)
-            saved = self._saved_part(name, step)
-            self._check_fit(step, wanted, saved, dtypes=False)
-            # Cast when they are checked: a fingerprint is of the bits that were saved.
-            as_saved = {
-                key: jax.ShapeDtypeStruct(leaf.shape, saved[key].dtype, sharding=leaf.sharding)
-                for key, leaf in wanted.items()
-            }
-            found = naming.named_leaves(self._read(step, as_saved)["state"])
-            check(found)
-        cast = {key: array.astype(wanted[key].dtype) for key, array in found.items()}
-        return naming.like({name: abstract_part}, cast)[name] if name else naming.like(abstract_part, cast)
+            manifest, saved = self._described(step)
+            return native_restore.restore_part(self._folder(step), name, abstract_part, saved, manifest)
 
     def fits(self, name: str, abstract_part: Any, step: int) -> bool:
         """Whether a part of a checkpoint has these leaves, of these shapes."""
         with self._read_errors(step):
-            saved = self._saved_part(name, step)
+            saved = naming.part(self._described(step)[1], name)
         return naming.first_difference(naming.named_leaves({name: abstract_part}), saved, dtypes=False) is None
-
-    def _saved_part(self, name: str, step: int) -> dict[str, Any]:
-        return naming.part(self._saved_leaves(step), name)
 
     def restore_numpy(self, step: int | None = None) -> dict[str, np.ndarray]:
         """Reads a whole state without knowing the model: its arrays by name, such as ``params/embedding``.
@@ -315,17 +307,18 @@ class Checkpointer:
           CheckpointDamaged: the checkpoint is damaged.
           UserError: there is no such checkpoint.
         """
-        import orbax.checkpoint as ocp
+        from switch_t5.checkpoint.manifest import check_arrays
+        from switch_t5.checkpoint.native_files import open_native
 
         step = self._existing(step)
+        folder = self._folder(step)
         with self._read_errors(step):
-            check = self._checker(step)
-            nested = naming.nest(self._saved_leaves(step))
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), nested)
-            request = ocp.args.PyTreeRestore(nested, restore_args=as_numpy)
-            items = self._manager.restore(step, args=ocp.args.Composite(state=request))
-            leaves = naming.named_leaves(items["state"])
-            check(leaves)
+            manifest, saved = self._described(step)
+            stored = open_native(folder, step, saved).arrays
+            leaves = {name: array.whole() for name, array in stored.items()}
+            if manifest is not None:
+                parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
+                check_arrays(folder, manifest, fingerprint.finish(parts))
         return leaves
 
     def leaves(self, step: int) -> dict[str, Any]:
@@ -337,24 +330,28 @@ class Checkpointer:
         """
         step = self._existing(step)
         with self._read_errors(step):
-            self._checker(step)
-            return self._saved_leaves(step)
+            return self._described(step)[1]
 
-    def _checker(self, step: int) -> Callable[[Mapping[str, Any]], None]:
-        """Checks a checkpoint's files; returns what checks arrays that were read from it."""
-        from switch_t5.checkpoint.manifest import check_arrays, check_files, read_manifest
+    def _described(self, step: int) -> tuple[Manifest | None, dict[str, Any]]:
+        """What a checkpoint must be, None if it does not say, and its leaves by name: shapes and dtypes.
 
-        folder = self._directory / str(step)
+        Its files are checked; no array is read.
+        """
+        from switch_t5.checkpoint.manifest import check_files, read_manifest
+        from switch_t5.checkpoint.native_files import described
+
+        folder = self._folder(step)
         manifest = read_manifest(folder)
-        if manifest is None:
-            return lambda leaves: None
-        check_files(folder, manifest)
+        if manifest is not None:
+            check_files(folder, manifest)
+            return manifest, described(folder, manifest.arrays)
+        items = self._manager.item_metadata(step)
+        if "state" not in items:
+            raise FileNotFoundError("it has no state")
+        return None, naming.named_leaves(items["state"].tree)
 
-        def check(leaves: Mapping[str, Any]) -> None:
-            parts = {name: fingerprint.begin(leaf) for name, leaf in leaves.items()}
-            check_arrays(folder, manifest, fingerprint.finish(parts))
-
-        return check
+    def _folder(self, step: int) -> str:
+        return str(self._directory / str(step))
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that were saved with a checkpoint.
@@ -363,21 +360,6 @@ class Checkpointer:
           UserError: there is no such checkpoint.
         """
         return dict(self._manager.metrics(self._existing(step)) or {})
-
-    def _read(self, step: int, wanted: Mapping[str, Any], **more: ocp.args.CheckpointArgs) -> Any:
-        import orbax.checkpoint as ocp
-
-        nested = naming.nest(wanted)
-        arguments = ocp.checkpoint_utils.construct_restore_args(nested)
-        state = ocp.args.PyTreeRestore(nested, restore_args=arguments, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=state, **more))
-
-    def _saved_leaves(self, step: int) -> dict[str, Any]:
-        """Shape and dtype of each leaf in a checkpoint, by name; no array is read."""
-        items = self._manager.item_metadata(step)
-        if "state" not in items:
-            raise FileNotFoundError("it has no state")
-        return naming.named_leaves(items["state"].tree)
 
     def _existing(self, step: int | None) -> int:
         """The step, or the newest; one that is still being saved is waited for."""
@@ -390,9 +372,6 @@ class Checkpointer:
             have = f"; it has {listed(steps)}" if steps else ""
             raise UserError(f"{self._directory} holds no checkpoint{which}{have}.")
         return step
-
-    def _check_fit(self, step: int, wanted: Any, saved: Any, *, dtypes: bool) -> None:
-        naming.check_fit(self._directory / str(step), wanted, saved, dtypes=dtypes)
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -438,7 +417,7 @@ class Checkpointer:
             before = [other for other in self.steps() if other < step]
             instead = f" to use that of step {before[-1]}" if before else ""
             raise CheckpointDamaged(
-                f"The checkpoint {self._directory / str(step)} is damaged "
+                f"The checkpoint {self._folder(step)} is damaged "
                 f"({str(error).splitlines()[0].rstrip('.')}): delete that folder{instead}."
             ) from error
 

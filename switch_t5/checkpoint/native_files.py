@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 
@@ -45,15 +46,40 @@ def open_array(folder: str, name: str) -> ts.Future[ts.TensorStore]:
     return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True, context=context)
 
 
+def described(folder: str, names: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of arrays in the folder of a checkpoint, by name.
+
+    Raises:
+      CheckpointDamaged: one of them cannot be opened.
+    """
+    with array_errors(folder):
+        opening = {name: open_array(folder, name) for name in names}
+        opened = {name: future.result() for name, future in opening.items()}
+    return {
+        name: jax.ShapeDtypeStruct(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
+        for name, store in opened.items()
+    }
+
+
 def _read(folder: str, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
     with array_errors(f"{folder}: {name}"):
         opened = open_array(folder, name).result()  # Anew each time: a thousand open arrays would hold their caches.
-        if tuple(opened.shape) != shape:
-            raise ValueError(f"its shape is {tuple(opened.shape)} and not {shape}")
-        chunk = tuple(opened.chunk_layout.read_chunk.shape or ())
-        if any((part or 1) > max(1, size) for size, part in zip(shape, chunk, strict=True)):
-            raise ValueError(f"its chunks are {chunk}")  # tensorstore would take the room of a whole one, and abort.
+        check_opened(opened, shape)
         return opened[index].read().result()
+
+
+def check_opened(opened: ts.TensorStore, shape: tuple[int, ...]) -> None:
+    """Checks, before it is read, that an array is what the checkpoint says.
+
+    Raises:
+      ValueError: its shape is another, or its chunks are larger than it: tensorstore would take the room of a whole
+        one, and abort.
+    """
+    if tuple(opened.shape) != shape:
+        raise ValueError(f"its shape is {tuple(opened.shape)} and not {shape}")
+    chunk = tuple(opened.chunk_layout.read_chunk.shape or ())
+    if any((part or 1) > max(1, size) for size, part in zip(shape, chunk, strict=True)):
+        raise ValueError(f"its chunks are {chunk}")
 
 
 def checked(checkpoint: OpenCheckpoint) -> OpenCheckpoint:

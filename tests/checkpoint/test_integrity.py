@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from switch_t5.checkpoint import fingerprint
+from switch_t5.checkpoint import fingerprint, native_restore
 from switch_t5.checkpoint.conversion import plan, write
 from switch_t5.checkpoint.fingerprint import Running, as_text, begin, finish, of_numpy
 from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
@@ -203,14 +203,14 @@ def test_a_hostile_manifest_is_damage(two, tmp_path, content):
 def test_a_disk_that_cannot_read_a_checkpoint_is_damage(two, tmp_path, monkeypatch, error):
     run = tmp_path / "run"
     shutil.copytree(two, run)
-    read = Checkpointer._read
+    read = native_restore.read_arrays
 
-    def failing(self: Checkpointer, step: int, *args: object, **more: object) -> object:
-        if step == 2:
+    def failing(folder: str, *args: object) -> object:
+        if folder.endswith("/2"):
             raise error
-        return read(self, step, *args, **more)  # pyright: ignore[reportArgumentType]
+        return read(folder, *args)
 
-    monkeypatch.setattr(Checkpointer, "_read", failing)
+    monkeypatch.setattr(native_restore, "read_arrays", failing)
     with Checkpointer(run) as checkpointer:
         assert checkpointer.restore(abstract()).step == 1
     assert (run / "checkpoints" / "2.damaged").is_dir()
@@ -223,7 +223,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_put_aside(two, tmp_path, monke
     def forbidden(*args: object, **more: object) -> object:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Checkpointer, "_read", forbidden)
+    monkeypatch.setattr(native_restore, "read_arrays", forbidden)
     with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
         checkpointer.restore(abstract())
     assert checkpointer.steps() == [1, 2]
@@ -349,7 +349,9 @@ def test_failed_saves_are_told_tried_again_and_at_last_fatal(tmp_path, monkeypat
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int8", "bool", "int32"])
 @pytest.mark.parametrize("shape", [(), (7,), (1 << 14,), (4, 6, 8), (4, 136, 200)])
-def test_a_fingerprint_is_the_same_on_the_host_and_on_any_mesh(shape, dtype):
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_a_fingerprint_is_the_same_on_the_host_and_on_any_mesh(shape, dtype, large, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_LARGE", large)
     values = np.random.default_rng(0).standard_normal(shape) * 50
     array = values.astype(jnp.dtype(dtype))
     expected = of_numpy(array)
@@ -368,17 +370,19 @@ def test_a_fingerprint_is_the_same_on_the_host_and_on_any_mesh(shape, dtype):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.integers(1, 12), max_size=4),
-    st.lists(st.integers(1, 1 << 20), min_size=4, max_size=4),
-    st.integers(0, 1 << 20),
-)
-def test_rows_and_one_pass_add_up_to_the_same(dims, strides, first):
-    bits = jnp.asarray(np.random.default_rng(0).integers(0, 1 << 32, dims, np.uint32))
-    strides = strides[: len(dims)]
-    by_rows = fingerprint._by_rows(bits, jnp.uint32(first), strides, row=64)
-    at_once = fingerprint._at_once(bits, jnp.uint32(first), strides)
-    np.testing.assert_array_equal(by_rows, at_once)
+@given(st.lists(st.integers(1, 12), max_size=4), st.sampled_from(["uint32", "bfloat16", "int8"]), st.data())
+def test_the_host_and_both_programs_sum_a_part_alike(shape, dtype, data):
+    array = np.random.default_rng(0).integers(0, 1 << 32, shape, np.uint32).astype(jnp.dtype(dtype))
+    starts = [data.draw(st.integers(0, dim - 1)) for dim in shape]
+    index = tuple(slice(at, data.draw(st.integers(at + 1, dim))) for at, dim in zip(starts, shape, strict=True))
+    running, strides = Running(), fingerprint._strides(tuple(shape))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint, "_CHUNK", 64)
+        running.add_part(array[index], index, tuple(shape))
+    part, first = jnp.asarray(array[index]), jnp.uint32(fingerprint._offset(index, tuple(shape)))
+    at_once = fingerprint._at_once(part, first, strides)
+    np.testing.assert_array_equal(running.sums, at_once * np.array([1, fingerprint._WEIGHT], np.uint32))
+    np.testing.assert_array_equal(at_once, fingerprint._by_rows(part, first, strides, row=64))
 
 
 @settings(max_examples=50, deadline=None)
