@@ -83,6 +83,7 @@ class Checkpointer:
         self._config = config or CheckpointConfig()
         self._read_only = read_only
         self._saving: int | None = None
+        self._in_flight_gb = 1
         self._failures: list[Exception] = []
         self._lock: WriterLock | None = None
         if not read_only:
@@ -163,9 +164,13 @@ class Checkpointer:
         from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
         from switch_t5.checkpoint.orbax_manager import in_pieces
 
+        leaves = naming.named_leaves(state)
+        in_flight_gb = 1 + max(map(_largest_shard, leaves.values())) // 10**9
+        if in_flight_gb > self._in_flight_gb:
+            self._forget_manager()
+            self._in_flight_gb = in_flight_gb
         if step in self._manager.all_steps():
             return False
-        leaves = naming.named_leaves(state)
         copies = snapshot.held(leaves)
         items = ocp.args.Composite(
             state=in_pieces(copies),
@@ -377,7 +382,7 @@ class Checkpointer:
     def _manager(self) -> ocp.CheckpointManager:
         from switch_t5.checkpoint.orbax_manager import make_manager
 
-        return make_manager(self._directory, self._config, read_only=self._read_only)
+        return make_manager(self._directory, self._config, read_only=self._read_only, in_flight_gb=self._in_flight_gb)
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
@@ -437,6 +442,13 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:
     place = str(Path(path).absolute())
     model_dir = Path(run_and_step(place)[0])
     return model_dir, chosen_step(place, Checkpointer(model_dir, read_only=True).steps())
+
+
+def _largest_shard(leaf: Any) -> int:
+    """Bytes of the largest part of an array that this process writes at once."""
+    if not isinstance(leaf, jax.Array):
+        return leaf.nbytes
+    return max((shard.data.nbytes for shard in leaf.addressable_shards), default=0)
 
 
 def _meet(name: str) -> None:

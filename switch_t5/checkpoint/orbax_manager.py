@@ -19,12 +19,16 @@ from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
 
 _CHUNK_BYTES = 1 << 26
 """Of the pieces that arrays are stored in: who reads a part of one, as conversions do, need not read the whole."""
+_FILE_BYTES = 1 << 28
+"""Of the files that pieces are gathered into: a file is written while the next is being gathered."""
 
 
 def in_pieces(arrays: Mapping[str, Any]) -> ocp.args.PyTreeSave:
     """The state to save, of arrays by their names."""
     pieces = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
-    return ocp.args.PyTreeSave(naming.nest(arrays), save_args=naming.nest(pieces))
+    return ocp.args.PyTreeSave(
+        naming.nest(arrays), save_args=naming.nest(pieces), ocdbt_target_data_file_size=_FILE_BYTES
+    )
 
 
 def make_manager(
@@ -32,6 +36,7 @@ def make_manager(
     config: CheckpointConfig,
     *,
     read_only: bool,
+    in_flight_gb: int = 1,
     registry: type_handlers.TypeHandlerRegistry | None = None,
 ) -> ocp.CheckpointManager:
     """Makes the manager of a folder of checkpoints.
@@ -40,12 +45,16 @@ def make_manager(
       directory: ``MODEL_DIR/checkpoints``.
       config: which checkpoints are kept.
       read_only: whether nothing is written or cleaned up.
+      in_flight_gb: of arrays on their way to the disk; more than the largest shard. Without a limit all that is saved
+        would be in memory once more, and at times twice.
       registry: how leaves are written; None for arrays as JAX and NumPy have them.
     """
     _silence_orbax()
     more: dict[str, Any] = {} if registry is None else {"type_handler_registry": registry}
     # Compression is slower than a disk and, on trained parameters, saves next to nothing.
-    arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **more)
+    arrays = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, use_compression=False, save_concurrent_gb=in_flight_gb, **more
+    )
     data = DataPositionsHandler()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeSave, arrays)

@@ -461,3 +461,13 @@ def test_a_file_too_large_is_one_sentence_and_loses_nothing(tmp_path):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.RLIM_INFINITY))"
     script = FULL_DISK.format(begin=limit.format("1 << 20"), end=limit.format("resource.RLIM_INFINITY"))
     _assert_survives(_run(script, tmp_path), tmp_path, "File too large")
+
+
+@pytest.mark.slow
+def test_an_array_larger_than_what_is_usually_on_its_way_to_the_disk_is_saved(tmp_path):
+    state = {"x": jnp.zeros(10**9 + 1, jnp.int8)}
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == checkpointer._manager.all_steps() == []  # The manager was made for small ones.
+        assert checkpointer.save(1, state, {})
+        checkpointer.wait()
+        assert checkpointer.leaves(1)["x"].shape == state["x"].shape
