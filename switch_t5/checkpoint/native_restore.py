@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -46,18 +47,20 @@ def read_arrays(
       UserError: its URL is out of reach.
     """
     found: dict[str, jax.Array] = {}
-    parts: dict[str, fingerprint.Parts] = {name: [] for name in wanted}
+    checking: dict[str, Future[fingerprint.Parts]] = {}
     problem: Exception | None = None
-    try:
-        for name, array in _as_they_come(folder, wanted, saved):
-            if manifest is not None:
-                parts[name] = fingerprint.begin(array)
-            # A fingerprint is of the bits that were saved.
-            found[name] = array if array.dtype == wanted[name].dtype else array.astype(wanted[name].dtype)
-    except (UserError, OSError) as error:
-        problem = error
+    with ThreadPoolExecutor(1, "fingerprints") as background:
+        try:
+            for name, array in _as_they_come(folder, wanted, saved):
+                if manifest is not None:
+                    checking[name] = background.submit(fingerprint.begin, array)
+                # A fingerprint is of the bits that were saved.
+                found[name] = array if array.dtype == wanted[name].dtype else array.astype(wanted[name].dtype)
+        except (UserError, OSError) as error:
+            problem = error
     if manifest is not None:
-        sums = fingerprint.finish(parts)  # Here processes meet, those that could not read too.
+        # Here processes meet, those that could not read too.
+        sums = fingerprint.finish({name: checking[name].result() if name in checking else [] for name in wanted})
         if problem is None:
             check_arrays(folder, manifest, sums)
     if problem is not None:
@@ -88,7 +91,7 @@ def restore_part(
     return found[name] if name else found
 
 
-def _as_they_come(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> Any:
+def _as_they_come(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[tuple[str, jax.Array]]:
     """Gives each array with its name, while those after it are being read."""
     opening = {name: open_array(folder, name) for name in wanted}
     reading: deque[tuple[str, int, dict[_Box, ts.Future[np.ndarray]]]] = deque()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
@@ -19,16 +21,32 @@ from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
 
 _CHUNK_BYTES = 1 << 26
 """Of the pieces that arrays are stored in: who reads a part of one, as conversions do, need not read the whole."""
+_LEAST_CHUNK_BYTES = 1 << 20
 _FILE_BYTES = 1 << 28
 """Of the files that pieces are gathered into: a file is written while the next is being gathered."""
 
 
 def in_pieces(arrays: Mapping[str, Any]) -> ocp.args.PyTreeSave:
     """The state to save, of arrays by their names."""
-    pieces = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+    pieces = {
+        name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_split_axes(array.shape, array.dtype))
+        for name, array in arrays.items()
+    }
     return ocp.args.PyTreeSave(
         naming.nest(arrays), save_args=naming.nest(pieces), ocdbt_target_data_file_size=_FILE_BYTES
     )
+
+
+def _split_axes(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The axes along which a piece has one entry, as of a stack of experts each expert is a piece.
+
+    Such a piece lies in memory as it does in a file. Orbax would split the largest axis, wherever it is.
+    """
+    for axes in range(len(shape)):
+        size = math.prod(shape[axes:]) * dtype.itemsize
+        if size <= _CHUNK_BYTES:
+            return tuple(range(axes if size >= _LEAST_CHUNK_BYTES else axes - 1))
+    return ()
 
 
 def make_manager(

@@ -20,7 +20,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from switch_t5.checkpoint import orbax_manager
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
+from switch_t5.checkpoint.native_files import open_array
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.snapshot import held
 from switch_t5.errors import ConfigError, UserError
@@ -461,6 +463,28 @@ def test_a_file_too_large_is_one_sentence_and_loses_nothing(tmp_path):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.RLIM_INFINITY))"
     script = FULL_DISK.format(begin=limit.format("1 << 20"), end=limit.format("resource.RLIM_INFINITY"))
     _assert_survives(_run(script, tmp_path), tmp_path, "File too large")
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [
+        ((6, 512, 256), (1, 512, 256)),  # An expert each.
+        ((2, 3, 512, 256), (1, 1, 512, 256)),
+        ((6, 64, 256), (6, 64, 256)),
+        ((6, 1 << 10, 1 << 10), (1, 512, 512)),  # Experts that are larger than a piece may be.
+        ((1 << 15, 64), (1 << 12, 64)),  # Rows are no pieces.
+    ],
+)
+def test_what_has_leading_axes_is_stored_in_pieces_along_them(tmp_path, monkeypatch, shape, chunk):
+    monkeypatch.setattr(orbax_manager, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(orbax_manager, "_LEAST_CHUNK_BYTES", 1 << 18)
+    array = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.save(1, {"x": jnp.asarray(array)}, {})
+        checkpointer.wait()
+        np.testing.assert_array_equal(checkpointer.restore_numpy()["x"], array)
+    stored = open_array(f"{tmp_path}/checkpoints/1", "x").result()
+    assert stored.chunk_layout.read_chunk.shape == chunk
 
 
 @pytest.mark.slow
