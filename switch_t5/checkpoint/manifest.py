@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -124,7 +125,7 @@ def read_manifest(checkpoint: str | Path) -> Manifest | None:
         if end or f"{zlib.crc32(text.encode()):08x}" != checksum:
             raise ValueError("its checksum differs")
         content = json.loads(text)
-        files = {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
+        files = {name: (operator.index(entry[0]), entry[1]) for name, entry in content["files"].items()}
         arrays = content["arrays"]
         if not arrays or not all(isinstance(text, str) and text.isprintable() for text in (*arrays, *arrays.values())):
             raise ValueError("it names no arrays")

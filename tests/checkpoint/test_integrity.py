@@ -189,7 +189,17 @@ def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_an_older_one(two, 
             checkpointer.restore(abstract(), 2)
 
 
-@pytest.mark.parametrize("content", ["[]", "3", '{"files": {"a": []}, "arrays": {}}', '{"files": 3}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "3",
+        '{"files": {"a": []}, "arrays": {}}',
+        '{"files": {"a": ["5", null]}, "arrays": {"x": "0"}}',
+        '{"files": 3}',
+        "[" * 100_000,
+    ],
+)
 def test_a_hostile_manifest_is_damage(two, tmp_path, content):
     (tmp_path / "manifest").mkdir()
     (tmp_path / "manifest" / "manifest.json").write_text(f"{zlib.crc32(content.encode()):08x}\n{content}\n")
