@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.checkpoint.stored_arrays import Index
+from switch_t5.checkpoint.stored_arrays import Index, bounded
 from switch_t5.types import Array
 
 _WEIGHT, _MIX = 0x9E3779B1, 0x85EBCA6B  # Odd constants of well spread bits.
@@ -48,7 +48,7 @@ def begin(array: Any) -> Parts:
         return [running.sums]
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            index = tuple(slice(*at.indices(dim)[:2]) for at, dim in zip(shard.index, array.shape, strict=True))
+            index = bounded(shard.index, array.shape)
             if shard.device.platform == "cpu" and shard.data.nbytes < _LARGE:
                 running.add_part(np.asarray(shard.data), index, array.shape)
             else:

@@ -16,7 +16,7 @@ from switch_t5.checkpoint.formats import format_of, read_checkpoint
 from switch_t5.checkpoint.huggingface import MAX_DISTANCE
 from switch_t5.checkpoint.param_map import Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
-from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint
+from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint, bounded
 from switch_t5.errors import UserError
 from switch_t5.model.config import TransformerConfig
 
@@ -195,8 +195,7 @@ def placed_arrays(leaves: dict[str, Any], placed: dict[str, Placed], read: Read,
 
         def part(index: Index | None, entry: Placed = entry, leaf: Any = leaf) -> np.ndarray:
             assert index is not None
-            whole = tuple(slice(*at.indices(dim)[:2]) for at, dim in zip(index, leaf.shape, strict=True))
-            return read(entry, whole).astype(leaf.dtype)
+            return read(entry, bounded(index, leaf.shape)).astype(leaf.dtype)
 
         arrays[name] = jax.make_array_from_callback(tuple(leaf.shape), leaf.sharding, part)
     return arrays

@@ -21,7 +21,7 @@ from switch_t5.checkpoint import fingerprint, naming
 from switch_t5.checkpoint.folder import array_errors
 from switch_t5.checkpoint.manifest import Manifest, check_arrays
 from switch_t5.checkpoint.native_files import check_opened, open_array
-from switch_t5.checkpoint.stored_arrays import Index
+from switch_t5.checkpoint.stored_arrays import Index, bounded
 from switch_t5.errors import UserError
 
 _AHEAD = 1 << 28
@@ -149,7 +149,7 @@ def _entries(box: _Box) -> int:
 
 
 def _box(index: Index, shape: tuple[int, ...]) -> _Box:
-    return tuple(at.indices(dim)[:2] for at, dim in zip(index, shape, strict=True))
+    return tuple((at.start, at.stop) for at in bounded(index, shape))
 
 
 def _slices(box: _Box) -> Index:

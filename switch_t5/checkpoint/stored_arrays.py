@@ -66,6 +66,11 @@ class OpenCheckpoint:
     config: Mapping[str, Any] | None = None
 
 
+def bounded(index: Index, shape: tuple[int, ...]) -> Index:
+    """A device's index of an array of this shape, which may leave starts and stops out, with both given."""
+    return tuple(slice(*at.indices(dim)[:2]) for at, dim in zip(index, shape, strict=True))
+
+
 def writable_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
     """The parts of an array, a chunk each, in order."""
     for at in np.ndindex(*(-(-size // part) for size, part in zip(shape, chunk, strict=True))):
