@@ -44,7 +44,7 @@ def begin(array: Any) -> Parts:
     running, parts = Running(), []
     if not isinstance(array, jax.Array):
         if jax.process_index() == 0:
-            running.add(np.asarray(array), 0)
+            running.add_whole(np.asarray(array))
         return [running.sums]
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
@@ -176,14 +176,9 @@ class Running:
     def __init__(self) -> None:
         self.sums = np.zeros(2, np.uint32)
 
-    def add(self, values: np.ndarray, offset: int) -> None:
-        """Takes in consecutive entries.
-
-        Args:
-          values: in the array's own order.
-          offset: the position of the first among all entries.
-        """
-        self._add(values, [(values.size, 1)], offset)
+    def add_whole(self, values: np.ndarray) -> None:
+        """Takes in all of an array."""
+        self._add(values, [(values.size, 1)], 0)
 
     def add_part(self, values: np.ndarray, index: Index, shape: tuple[int, ...]) -> None:
         """Takes in a part of an array.
@@ -251,5 +246,5 @@ def as_text(sums: Iterable[int]) -> str:
 def of_numpy(array: np.ndarray) -> str:
     """The fingerprint of a whole array on the host."""
     running = Running()
-    running.add(array, 0)
+    running.add_whole(array)
     return as_text(running.sums)
