@@ -24,7 +24,7 @@ def independent(config: TransformerConfig) -> TransformerConfig:
     """
     fields = ("moe", "decoder_moe", "attention_moe")
     changed = {field: _without_competition(getattr(config, field)) for field in fields}
-    return dataclasses.replace(config, **changed, remat=False)
+    return dataclasses.replace(config, **changed, remat_policy="none")
 
 
 def _without_competition(moe: MoEConfig | None) -> MoEConfig | None:

@@ -11,6 +11,7 @@ from flax import nnx
 from switch_t5.layers.dropout import dropout
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.parameter import parameter
+from switch_t5.layers.rematerialization import kept
 from switch_t5.partitioning.rules import constrain
 from switch_t5.types import Array
 
@@ -73,7 +74,7 @@ class Attention(nnx.Module):
           queries: ``[batch, query length, embed]``.
           memory: ``[batch, key length, embed]``; the queries themselves in self-attention.
           mask: ``[batch, 1, query length, key length]`` float32, of :func:`mask_bias`.
-          positions: ``[1, heads, query length, key length]`` float32; None in cross-attention.
+          positions: ``[batch shards, heads, query length, key length]`` float32; None in cross-attention.
           dropout_rate: of the attention probabilities.
           rng: None in evaluation.
           attend_to_self: in place of :func:`attend_with_dropout`.
@@ -113,7 +114,7 @@ def projection_kernel(
 
 def into_heads(x: Array, kernel: nnx.Param) -> Array:
     """``[B, L, D]`` to ``[B, H, L, K]``."""
-    return constrain(jnp.einsum("bld,dhk->bhlk", x, kernel[...].astype(x.dtype)), HEADS_AXES)
+    return kept(constrain(jnp.einsum("bld,dhk->bhlk", x, kernel[...].astype(x.dtype)), HEADS_AXES))
 
 
 def out_of_heads(context: Array, kernel: nnx.Param) -> Array:
@@ -150,7 +151,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
       key: ``[batch, heads, key length, kv]``.
       value: ``[batch, heads, key length, kv]``.
       mask: ``[batch, 1, query length, key length]`` float32; it has no derivative.
-      positions: ``[1, heads, query length, key length]`` float32, or None.
+      positions: ``[shards, heads, query length, key length]`` float32, a copy for each of so many equal parts of the
+        batch; or None.
 
     Returns:
       ``[batch, heads, query length, kv]``.
@@ -161,12 +163,12 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
 def _attend_forward(
     query: Array, key: Array, value: Array, mask: Array, positions: Array | None
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    bias = mask if positions is None else mask + positions
+    bias = mask if positions is None else _plus_positions(mask, positions)
     logits = jnp.einsum("bhqk,bhtk->bhqt", query, key).astype(jnp.float32) + bias
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(query.dtype)
-    context = (jnp.einsum("bhqt,bhtk->bhqk", weights, value) / total).astype(query.dtype)
+    context = kept((jnp.einsum("bhqt,bhtk->bhqk", weights, value) / total).astype(query.dtype))
     return context, (query, key, value, mask, positions, weights, total, context)
 
 
@@ -183,12 +185,20 @@ def _attend_backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Arra
     d_positions = None
     if positions is not None:
         # A product with ones: XLA:CPU's own sum over a leading axis takes sixty times as long (jax 0.10).
-        ones = jnp.ones((1, d_logits.shape[0]), jnp.float32)
-        d_positions = jnp.einsum("ob,bhqt->ohqt", ones, d_logits.astype(jnp.float32))
+        by_shard = d_logits.astype(jnp.float32).reshape(len(positions), -1, *d_logits.shape[1:])
+        d_positions = jnp.einsum("b,sbhqt->shqt", jnp.ones(by_shard.shape[1]), by_shard)
     return d_query, d_key, d_value, jnp.zeros_like(mask), d_positions
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _plus_positions(mask: Array, positions: Array) -> Array:
+    """``[B, 1, Q, T]`` and ``[S, H, Q, T]`` to ``[B, H, Q, T]``: to each part of the batch its own copy."""
+    if len(positions) == 1:
+        return mask + positions
+    by_shard = mask.reshape(len(positions), -1, *mask.shape[1:]) + positions[:, None]
+    return by_shard.reshape(-1, *by_shard.shape[2:])
 
 
 def mask_bias(

@@ -14,6 +14,7 @@ from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.grouped_matmul import grouped_matmul
 from switch_t5.layers.initializers import Initialization, Kind, initializer
 from switch_t5.layers.parameter import parameter
+from switch_t5.layers.rematerialization import kept
 from switch_t5.layers.row_blocks import UNKNOWN, Load
 from switch_t5.partitioning.rules import constrain, target_platform
 from switch_t5.types import Array, Axes
@@ -103,10 +104,11 @@ class FeedForward(nnx.Module):
             return drop(_activate(self.activations, *branches), keep, dropout_rate)
 
         if sizes is None:
-            return constrain(hidden(keep, *(x @ kernel for kernel in into)), hidden_axes) @ wo
+            return constrain(hidden(keep, *(kept(x @ kernel) for kernel in into)), hidden_axes) @ wo
         if target_platform() == "cpu":
             return expert_loop(hidden, load, x, into, wo, keep, sizes)
-        return grouped_matmul(hidden(keep, *(grouped_matmul(x, kernel, sizes) for kernel in into)), wo, sizes)
+        branches = (kept(grouped_matmul(x, kernel, sizes)) for kernel in into)
+        return grouped_matmul(hidden(keep, *branches), wo, sizes)
 
 
 def _activate(activations: tuple[str, ...], *branches: Array) -> Array:

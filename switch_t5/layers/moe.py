@@ -23,6 +23,7 @@ from switch_t5.layers.even_rows import even_share
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.layers.parameter import parameter, parameter_axes
+from switch_t5.layers.rematerialization import kept
 from switch_t5.layers.row_blocks import Load
 from switch_t5.partitioning.rules import (
     constrain,
@@ -115,12 +116,13 @@ class SparseLayer(nnx.Module):
             x = jnp.where(real[..., None], x, 0)
 
         routing, stats = self.route(x, real, tokens, train=train, keys=keys)
-        if not isinstance(routing.assignment, Assignment):
-            combined = self._apply_to_choices(x, routing.assignment, keys.experts, train=train)
+        assignment = kept(routing.assignment)
+        if not isinstance(assignment, Assignment):
+            combined = self._apply_to_choices(x, assignment, keys.experts, train=train)
         elif self._leaves_out_empty_slots():
-            combined = self._apply_to_filled_slots(x, routing.assignment, keys.experts)
+            combined = self._apply_to_filled_slots(x, assignment, keys.experts)
         else:
-            combined = self._apply_to_slots(x, routing.assignment, keys.experts)
+            combined = self._apply_to_slots(x, assignment, keys.experts)
         if self.config.num_shared_experts:
             rate = self.config.expert_dropout_rate
             combined += self.shared_experts(x, hidden_axes=("batch", None, "mlp"), dropout_rate=rate, rng=keys.shared)
@@ -169,7 +171,7 @@ class SparseLayer(nnx.Module):
         dropout_rng = None if rng is None else jax.random.fold_in(rng, 1)
         x = dropout(x, self.config.router_input_dropout_rate, dropout_rng, broadcast_dim=None)
         # Accelerators multiply float32 in fewer bits unless asked: the router is where they count.
-        logits = jnp.matmul(x, self.router[...].astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+        logits = kept(jnp.matmul(x, self.router[...].astype(x.dtype), precision=jax.lax.Precision.HIGHEST))
         finite &= jnp.all(jnp.isfinite(logits), axis=-1)
         return jnp.where(finite[..., None], logits, 0), mask & finite
 
@@ -196,7 +198,7 @@ class SparseLayer(nnx.Module):
         dispatched = constrain(method.dispatch(x, assignment), (*DISPATCHED_AXES, self.in_axis))
         dispatched = exchange_shards(dispatched, "expert", split=1, join=0)
         groups, num_experts, capacity, emb_dim = dispatched.shape
-        by_expert = constrain(jnp.swapaxes(dispatched, 0, 1), (*EXPERT_AXES, self.in_axis))
+        by_expert = kept(constrain(jnp.swapaxes(dispatched, 0, 1), (*EXPERT_AXES, self.in_axis)))
         outputs = experts(
             by_expert.reshape(num_experts, groups * capacity, emb_dim),
             hidden_axes=("expert", "expert_batch", "expert_mlp"),
@@ -206,7 +208,7 @@ class SparseLayer(nnx.Module):
         )
         outputs = constrain(outputs.reshape(num_experts, groups, capacity, -1), (*EXPERT_AXES, self.out_axis))
         outputs = exchange_shards(jnp.swapaxes(outputs, 0, 1), "expert", split=0, join=1)
-        outputs = constrain(outputs, (*DISPATCHED_AXES, self.out_axis))
+        outputs = kept(constrain(outputs, (*DISPATCHED_AXES, self.out_axis)))
         combined = sum_shards(method.combine(outputs, assignment), over=self.summed_axis)
         return constrain(combined, (*TOKEN_AXES, self.out_axis))
 
@@ -228,7 +230,7 @@ class SparseLayer(nnx.Module):
         graph, params = nnx.split(self.experts)
 
         def on_a_shard(params: nnx.State, x: Array, expert: Array, weight: Array, rng: Array | None) -> Array:
-            x, expert, weight = (gather_shards(value, "expert") for value in (x, expert, weight))
+            x, expert, weight = (kept(gather_shards(value, "expert")) for value in (x, expert, weight))
             mine = self.config.num_experts // shard_count("expert")
             order = sort_by_expert(expert.reshape(-1, expert.shape[-1]) - shard_index("expert") * mine, mine)
             # A choice's number in the batch, which is the same on every mesh.

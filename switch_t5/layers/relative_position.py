@@ -13,6 +13,7 @@ from flax import nnx
 
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.parameter import parameter
+from switch_t5.partitioning.rules import constrain
 from switch_t5.types import Array
 
 
@@ -62,8 +63,19 @@ class RelativePositionBias(nnx.Module):
         init = initializer("relpos", convention, fan_in=num_heads, fan_out=num_buckets)
         self.embedding = parameter(rngs, init, (num_heads, num_buckets), ("heads", "relpos_buckets"))
 
-    def __call__(self, query_length: int, key_length: int, dtype: jnp.dtype) -> Array:
-        """Returns ``[1, heads, query_length, key_length]``."""
+    def __call__(self, query_length: int, key_length: int, dtype: jnp.dtype, *, shards: int = 1) -> Array:
+        """The bias of every pair of positions.
+
+        Args:
+          query_length: queries.
+          key_length: keys.
+          dtype: of the result.
+          shards: of the batch. Each has a copy, so that the layers' gradients, ``[heads, query, key]``, stay where they
+            are, and the few numbers that they come down to are all that is summed over devices.
+
+        Returns:
+          ``[shards, heads, query_length, key_length]``.
+        """
         # Entry r holds the bias at distance r, negative distances at the end, as modulo has it.
         period = query_length + key_length
         distance = (np.arange(period) + query_length) % period - query_length
@@ -75,7 +87,8 @@ class RelativePositionBias(nnx.Module):
         )
         one_hot = (bucket == np.arange(self.num_buckets)[:, None]).astype(np.float32)
         by_distance = self.embedding[...] @ jnp.asarray(one_hot)
-        return along_diagonals(by_distance, query_length, key_length)[None].astype(dtype)
+        copies = constrain(jnp.broadcast_to(by_distance, (shards, *by_distance.shape)), ("batch", "heads", None))
+        return along_diagonals(copies, query_length, key_length).astype(dtype)
 
 
 def along_diagonals(values: Array, rows: int, columns: int) -> Array:
@@ -86,14 +99,14 @@ def along_diagonals(values: Array, rows: int, columns: int) -> Array:
     it a matrix multiplication over all pairs of positions.
 
     Args:
-      values: ``[heads, period]``; ``period`` is at least ``rows + columns``.
+      values: ``[shards, heads, period]``; ``period`` is at least ``rows + columns``.
       rows: queries.
       columns: keys.
 
     Returns:
-      ``[heads, rows, columns]``: entry (q, k) is ``values[(k - q) % period]``.
+      ``[shards, heads, rows, columns]``: entry (q, k) is ``values[(k - q) % period]``.
     """
-    heads, period = values.shape
-    repeated = jnp.broadcast_to(values[:, None], (heads, rows, period)).reshape(heads, rows * period)
-    shifted = repeated[:, : rows * (period - 1)].reshape(heads, rows, period - 1)
-    return shifted[:, :, :columns]
+    *leading, period = values.shape
+    repeated = jnp.broadcast_to(values[..., None, :], (*leading, rows, period)).reshape(*leading, rows * period)
+    shifted = repeated[..., : rows * (period - 1)].reshape(*leading, rows, period - 1)
+    return shifted[..., :columns]

@@ -15,9 +15,10 @@ from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.normalization import RMSNorm
 from switch_t5.layers.relative_position import RelativePositionBias
+from switch_t5.layers.rematerialization import kept
 from switch_t5.layers.switch_attention import SPARSE_PROJECTIONS, SwitchAttention
 from switch_t5.model.config import TransformerConfig
-from switch_t5.partitioning.rules import constrain
+from switch_t5.partitioning.rules import constrain, num_shards
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array
 
@@ -40,7 +41,8 @@ class BlockInputs:
       tokens: ``[batch, length]`` int32, the stack's input.
       mask: ``[batch, length]`` bool, False for padding.
       self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see.
-      positions: ``[1, heads, length, length]`` float32, the relative position bias; None where each block has one.
+      positions: ``[batch shards, heads, length, length]`` float32, the relative position bias; None where
+        each block has one.
       encoded: ``[batch, encoder length, embed]``, the encoder's output; None in the encoder.
       cross_mask: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
       sequences: sequences in a routing group.
@@ -67,6 +69,11 @@ def position_bias(config: TransformerConfig, *, decoder: bool, rngs: nnx.Rngs) -
         config.initialization,
         rngs=rngs,
     )
+
+
+def self_positions(bias: RelativePositionBias, length: int) -> Array:
+    """``[batch shards, heads, length, length]`` float32: a stack's bias, or a block's, as training reads it."""
+    return bias(length, length, jnp.dtype(jnp.float32), shards=num_shards("batch"))
 
 
 class Block(nnx.Module):
@@ -106,13 +113,13 @@ class Block(nnx.Module):
         attention_rng, cross_rng, mlp_rng, *residual_rngs = split_rng(rng, 6)
 
         y, attention_stats = self.attend_to_self(self.self_attention_norm(x), inputs, attention_rng)
-        x = constrain(x + dropout(y, rate, residual_rngs[0]), RESIDUAL_AXES)
+        x = kept(constrain(x + dropout(y, rate, residual_rngs[0]), RESIDUAL_AXES))
 
         if self.decoder:
             assert inputs.encoded is not None and inputs.cross_mask is not None
             y = self.cross_attention_norm(x)
             y = self.cross_attention(y, inputs.encoded, inputs.cross_mask, None, dropout_rate=rate, rng=cross_rng)
-            x = constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES)
+            x = kept(constrain(x + dropout(y, rate, residual_rngs[1]), RESIDUAL_AXES))
 
         y, mlp_stats = self.feed_forward(self.mlp_norm(x), inputs, mlp_rng)
         return constrain(x + dropout(y, rate, residual_rngs[2]), RESIDUAL_AXES), (*attention_stats, *mlp_stats)
@@ -123,7 +130,7 @@ class Block(nnx.Module):
         """Self-attention of ``[batch, length, embed]``, and its routers' statistics; ``attending`` reads a cache."""
         rate, positions = self.config.dropout_rate, inputs.positions
         if positions is None and attending is None:
-            positions = self.relative_position(y.shape[1], y.shape[1], jnp.dtype(jnp.float32))
+            positions = self_positions(self.relative_position, y.shape[1])
         if isinstance(self.self_attention, SwitchAttention):
             return self.self_attention(
                 y,

@@ -11,6 +11,7 @@ from switch_t5.errors import ConfigError, check_types, closest
 from switch_t5.layers.attention import PROJECTIONS, Projection
 from switch_t5.layers.initializers import Initialization
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.layers.switch_attention import ExpertDtype
 from switch_t5.routing.capacity import GroupSize, sequences_per_group
 
@@ -40,7 +41,8 @@ class TransformerConfig:
       initialization: ``paper`` (truncated normal of scale 0.1), ``t5x`` or ``t5x_switch`` (as the released dense
         and Switch models), see :mod:`switch_t5.layers.initializers`.
       scan_layers: compile one period of the layer pattern and scan it over the depth.
-      remat: recompute a block's activations in the backward pass.
+      remat_policy: what of a block the backward pass computes again: ``none``, ``minimal`` (no product but that of
+        queries and keys, and nothing that devices send) or ``full`` (everything).
       moe: the sparse layers; None for a dense model.
       decoder_moe: the decoder's, where they differ from the encoder's; ``group_size`` is one for both.
       encoder_sparse_layers: which encoder blocks are sparse, see :func:`sparse_layers`.
@@ -69,7 +71,7 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     initialization: Initialization = "paper"
     scan_layers: bool = False
-    remat: bool = False
+    remat_policy: RematPolicy = "none"
     moe: MoEConfig | None = None
     decoder_moe: MoEConfig | None = None
     encoder_sparse_layers: LayerLayout = 2

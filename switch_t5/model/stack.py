@@ -7,20 +7,17 @@ and compute the same function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
 
 from switch_t5.layers.dropout import split_rng
 from switch_t5.layers.parameter import gather_parameters
+from switch_t5.layers.rematerialization import RematPolicy, rematerialized
 from switch_t5.model.blocks import Block, BlockInputs
 from switch_t5.model.config import TransformerConfig
-from switch_t5.partitioning.rules import gathers_parameters
 from switch_t5.routing.balance import RouterStats
 from switch_t5.types import Array
 
@@ -39,18 +36,18 @@ class Period(nnx.Module):
             setattr(self, f"layers_{index}", block)
 
     def __call__(
-        self, x: Array, inputs: BlockInputs, rngs: list[Array | None], remat: bool
+        self, x: Array, inputs: BlockInputs, rngs: list[Array | None], remat_policy: RematPolicy
     ) -> tuple[Array, RouterStats | None]:
         """Applies the blocks in turn; statistics are stacked over their sparse layers, block by block."""
         stats: list[RouterStats] = []
         for index, rng in enumerate(rngs):
-            x, block_stats = _apply(getattr(self, f"layers_{index}"), x, inputs, rng, remat)
+            x, block_stats = _apply(getattr(self, f"layers_{index}"), x, inputs, rng, remat_policy)
             stats += block_stats
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats) if stats else None
 
 
 def _apply(
-    block: Block, x: Array, inputs: BlockInputs, rng: Array | None, remat: bool
+    block: Block, x: Array, inputs: BlockInputs, rng: Array | None, remat_policy: RematPolicy
 ) -> tuple[Array, tuple[RouterStats, ...]]:
     graph, params = nnx.split(block)
 
@@ -59,21 +56,7 @@ def _apply(
     ) -> tuple[Array, tuple[RouterStats, ...]]:
         return gather_parameters(nnx.merge(graph, params))(x, inputs, rng)
 
-    if remat:
-        call = jax.checkpoint(call)
-    elif gathers_parameters():
-        call = jax.checkpoint(call, policy=_all_but_kernels(params))
-    return call(params, x, inputs, rng)
-
-
-def _all_but_kernels(params: nnx.State) -> Callable[..., bool]:
-    """What is kept for the backward pass: all but gathered parameters and their casts, which are made again."""
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-
-    def is_kept(primitive: Primitive, *inputs: ShapedArray, **_: Any) -> bool:
-        return primitive.name not in ("sharding_constraint", "convert_element_type") or inputs[0].shape not in shapes
-
-    return is_kept
+    return rematerialized(call, remat_policy, params)(params, x, inputs, rng)
 
 
 class Stack(nnx.Module):
@@ -124,14 +107,14 @@ class Stack(nnx.Module):
           are none): block by block, and in a block in the order of :data:`switch_t5.model.blocks.SPARSE_LAYERS`.
         """
         if self.period == self.num_layers:
-            return self.blocks(x, inputs, split_rng(rng, self.num_layers), self.config.remat)
+            return self.blocks(x, inputs, split_rng(rng, self.num_layers), self.config.remat_policy)
         repeats = self.num_layers // self.period
         graph, params = nnx.split(self.blocks)
 
         def body(x: Array, scanned: tuple[nnx.State, Array | None]) -> tuple[Array, RouterStats | None]:
             layer_params, keys = scanned
             rngs = [None if keys is None else keys[index] for index in range(self.period)]
-            return nnx.merge(graph, layer_params)(x, inputs, rngs, self.config.remat)
+            return nnx.merge(graph, layer_params)(x, inputs, rngs, self.config.remat_policy)
 
         keys = None if rng is None else jax.random.split(rng, self.num_layers).reshape(repeats, self.period)
         x, stats = jax.lax.scan(body, x, (params, keys))

@@ -17,7 +17,7 @@ from switch_t5.layers.attention import mask_bias
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.embedding import Embedding, LogitsDense
 from switch_t5.layers.normalization import RMSNorm
-from switch_t5.model.blocks import RESIDUAL_AXES, BlockInputs, position_bias
+from switch_t5.model.blocks import RESIDUAL_AXES, BlockInputs, position_bias, self_positions
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.stack import Stack
 from switch_t5.partitioning.rules import constrain
@@ -54,8 +54,7 @@ class Coder(nnx.Module):
         rate = self.config.dropout_rate
         input_rng, stack_rng, output_rng = split_rng(rng, 3)
         if not self.config.relpos_per_layer:
-            positions = self.relative_position(x.shape[1], x.shape[1], jnp.dtype(jnp.float32))
-            inputs = dataclasses.replace(inputs, positions=positions)
+            inputs = dataclasses.replace(inputs, positions=self_positions(self.relative_position, x.shape[1]))
         x = constrain(dropout(x, rate, input_rng), RESIDUAL_AXES)
         x, stats = self.stack(x, inputs, stack_rng)
         return dropout(self.norm(x), rate, output_rng), stats

@@ -15,7 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from switch_t5.errors import ConfigError, closest
 from switch_t5.types import Array, Axes
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Target = str | tuple[str, ...] | None
+"""The mesh axis, or several, that a logical axis is split over."""
+
+Rules = Mapping[str, Target]
 
 LOGICAL_AXIS_RULES: Rules = {
     "batch": ("data", "fsdp", "expert"),
@@ -63,7 +66,7 @@ def partition_spec(axes: Axes, rules: Rules = LOGICAL_AXIS_RULES, *, name: str =
         if axis not in rules:
             raise ConfigError(name, f"has the logical axis {axis!r}, which no rule maps.{closest(axis, rules)}")
         target = rules[axis]
-        for mesh_axis in (target,) if isinstance(target, str) else target or ():
+        for mesh_axis in _targets(target):
             if mesh_axis in taken:
                 raise ConfigError(
                     name,
@@ -93,7 +96,7 @@ def named_sharding(
         raise ConfigError(name, f"has {len(shape)} dimensions {shape} but {len(axes)} logical axes {axes}.")
     spec = partition_spec(axes, rules, name=name)
     for size, axis, target in zip(shape, axes, spec, strict=True):
-        mesh_axes = (target,) if isinstance(target, str) else target or ()
+        mesh_axes = _targets(target)
         shards = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         if size % shards:
             raise ConfigError(
@@ -124,6 +127,15 @@ def target_platform() -> str:
     """The platform, such as ``cpu`` or ``tpu``, of the devices that what is being traced will run on."""
     active = _active.get() or _shard.get()
     return jax.default_backend() if active is None else active[0].devices.flat[0].platform
+
+
+def num_shards(axis: str) -> int:
+    """Parts that a logical axis of what is being traced is split into; 1 outside :func:`partitioned`."""
+    active = _active.get()
+    if active is None:
+        return 1
+    mesh, rules = active
+    return math.prod(mesh.shape[name] for name in _targets(rules[axis]))
 
 
 def constrain(x: Array, axes: Axes) -> Array:
@@ -157,7 +169,7 @@ def _resharded(x: Array, used: NamedSharding, lies: NamedSharding) -> Array:
 
 
 def _resharded_forward(x: Array, used: NamedSharding, lies: NamedSharding) -> tuple[Array, None]:
-    return _resharded(x, used, lies), None
+    return jax.lax.with_sharding_constraint(x, used), None  # By name, so that a rematerialisation policy knows it.
 
 
 def _resharded_backward(used: NamedSharding, lies: NamedSharding, residual: None, gradient: Array) -> tuple[Array]:
@@ -271,6 +283,9 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
     if shard is None:
         return ()
     mesh, rules = shard
-    target = rules[axis]
-    names = (target,) if isinstance(target, str) else target or ()
-    return tuple(name for name in names if mesh.shape[name] > 1)
+    return tuple(name for name in _targets(rules[axis]) if mesh.shape[name] > 1)
+
+
+def _targets(target: Target) -> tuple[str, ...]:
+    """The mesh axes of a rule."""
+    return (target,) if isinstance(target, str) else tuple(target or ())

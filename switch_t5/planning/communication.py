@@ -4,9 +4,10 @@ A collective over n devices of an array of so many bytes a device sends, at best
 2 (n - 1) / n of them, an all-gather or reduce-scatter (n - 1) / n of the whole, an all-to-all (n - 1) / n (Chan et al.
 2007, "Collective communication: theory, practice, and experience").
 
-``sent`` is what this package's step sends. ``minimum`` is what its strategy of parallelism must send: each gradient
-summed once, tokens to their experts and back in both passes without recomputation and within the capacity factor,
-and one sum over the model axis for each of a block's parts and passes.
+``sent`` is what this package's step sends. ``minimum`` is what its strategy must send, which is a mesh and a policy of
+rematerialisation: each gradient summed once; parameters that lie in parts gathered once a pass; and in each pass of a
+block, also where it is recomputed, the slots of its tokens to the experts and back, and one sum over the model axis for
+each of its parts.
 
 Compilers differ: XLA for accelerators adds what is to be summed over devices before it is sent, and sends kernels'
 gradients in the dtype of activations, in which they are computed; XLA's CPU backend sends each term, in float32.
@@ -22,12 +23,9 @@ from collections.abc import Iterator
 
 from switch_t5.partitioning.mesh import BATCH_AXES
 from switch_t5.planning.sizes import Block, SparseLayer, blocks
-from switch_t5.planning.workload import ArrayKind, MeshShape, Workload, shard_bytes, sharded_over
+from switch_t5.planning.workload import MeshShape, Workload, is_kernel, shard_bytes, sharded_over
 
 FLOAT32 = 4
-
-_KERNEL_AXES = {"mlp", "expert_mlp", "kv"}
-"""What a parameter has that is multiplied in the dtype of activations."""
 
 _VOCABULARY_USES = 3
 """Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's."""
@@ -87,7 +85,7 @@ def transfers(workload: Workload, mesh: MeshShape, *, merged: bool) -> list[Tran
 def _all(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     yield from _gradients(workload, mesh, merged)
     yield from _gathers(workload, mesh, merged)
-    yield from _position_biases(workload, mesh, merged)
+    yield from _position_biases(workload, mesh)
     for block in blocks(workload, mesh):
         for layer in block.sparse_layers:
             yield from _exchanges(layer, block, workload, mesh)
@@ -109,19 +107,24 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
     tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
     for kind, number, name in workload.params.kinds:
         split = sharded_over(kind)
-        one = shard_bytes(kind, mesh, name) * (narrow if _is_kernel(kind) else 1.0)
+        one = shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
         times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/") * narrow
         purpose = "gradients of experts" if "expert" in split else "gradients of dense layers"
         sent, least = one * times * workload.microbatches, one * number
         parts = mesh.fsdp if "fsdp" in split else 1
-        if parts > 1 and merged:
-            dealt = (ring_bytes("reduce-scatter", parts, parts * nbytes) for nbytes in (sent, least))
-            yield Transfer("fsdp", "reduce-scatter", purpose, *dealt)
-            yield _summed(*_joined(mesh, {"data", "expert"} - split), purpose, sent, least)
+        size, axis = _joined(mesh, {*BATCH_AXES} - (split - {"fsdp"}))
+        if parts == 1:
+            yield _summed(size, axis, purpose, sent, least)
+            continue
+        # At the least parts are dealt out, and then summed by those that hold the same.
+        dealt_sent, dealt = (ring_bytes("reduce-scatter", parts, parts * nbytes) for nbytes in (sent, least))
+        if size == parts and merged:
+            yield Transfer(axis, "reduce-scatter", purpose, dealt_sent, dealt)
         else:
-            size, axis = _joined(mesh, {*BATCH_AXES} - (split - {"fsdp"}))
-            yield _summed(size, axis, purpose, parts * sent, least)
+            # Where other devices have terms too, and by XLA for CPUs always, the whole is summed everywhere.
+            then = ring_bytes("all-reduce", size // parts, least)
+            yield Transfer(axis, "all-reduce", purpose, ring_bytes("all-reduce", size, parts * sent), dealt + then)
 
 
 def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
@@ -131,19 +134,15 @@ def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tran
     narrow = _narrow(workload, merged)
     for kind, number, name in workload.params.kinds:
         if "fsdp" in sharded_over(kind):
-            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name) * (narrow if _is_kernel(kind) else 1.0)
+            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
             once = ring_bytes("all-gather", mesh.fsdp, whole)
-            times = (passes if kind.in_blocks else 1) * workload.microbatches
-            yield Transfer("fsdp", "all-gather", "parameters", once * times, once)
+            once *= passes if kind.in_blocks else 1
+            yield Transfer("fsdp", "all-gather", "parameters", once * workload.microbatches, once)
 
 
 def _narrow(workload: Workload, merged: bool) -> float:
     """How much of a kernel is sent, or of its gradient: compilers for accelerators cast before they send."""
     return workload.itemsize / FLOAT32 if merged else 1.0
-
-
-def _is_kernel(kind: ArrayKind) -> bool:
-    return bool(_KERNEL_AXES & set(kind.axes))
 
 
 def _joined(mesh: MeshShape, axes: set[str]) -> tuple[int, str]:
@@ -152,25 +151,28 @@ def _joined(mesh: MeshShape, axes: set[str]) -> tuple[int, str]:
     return math.prod(used.values()), "+".join(used)
 
 
-def _position_biases(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
-    """Gradients ``[heads, length, length]`` of position biases, which each layer sums by itself, unless merged."""
+def _position_biases(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
+    """Gradients ``[heads, distances]`` of position biases, on their way to buckets' once for all layers."""
     config = workload.config
     for decoder, layers in ((False, config.num_encoder_layers), (True, config.num_decoder_layers)):
-        length = workload.length(decoder=decoder)
-        times = 1 if merged and not (config.scan_layers or config.relpos_per_layer) else layers
-        nbytes = times * workload.microbatches * config.num_heads / mesh.model * length * length * FLOAT32
+        distances = 2 * workload.length(decoder=decoder)
+        times = workload.microbatches * (layers if config.relpos_per_layer else 1)
+        nbytes = times * config.num_heads / mesh.model * distances * FLOAT32
         yield _summed(*_joined(mesh, set(BATCH_AXES)), "gradients of position biases", nbytes, 0)
 
 
 def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
     """Tokens to experts and back; a pass back in the backward pass, and one more forward where it is recomputed."""
-    size, passes = mesh.expert, 2 + workload.config.remat
+    size, passes = mesh.expert, 1 + workload.forward_passes
     row = (layer.into + layer.out) * workload.itemsize
-    minimum = ring_bytes("all-to-all", size, 2 * layer.choices * row)
     if layer.moe.dispatch != "dropless":
-        sent = ring_bytes("all-to-all", size, passes * layer.slots * row)
-        yield Transfer("expert", "all-to-all", "tokens to experts and back", sent, minimum)
+        rounding = "slots that rounding and the least capacity add"
+        for purpose, rows in (("tokens to experts and back", layer.choices), (rounding, layer.slots - layer.choices)):
+            # Less than nothing where capacities are rounded down.
+            sent = ring_bytes("all-to-all", size, passes * rows * row)
+            yield Transfer("expert", "all-to-all", purpose, sent, sent)
         return
+    minimum = ring_bytes("all-to-all", size, passes * layer.choices * row)
     for collective, entries, least in (("all-gather", layer.into, minimum), ("reduce-scatter", layer.out, 0.0)):
         nbytes = passes * size * block.tokens * entries * workload.itemsize
         sent = ring_bytes(collective, size, nbytes)
@@ -180,7 +182,7 @@ def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshS
 def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     """Partial sums of outputs, and of the gradients of inputs, of what is split over the model axis."""
     row = workload.config.emb_dim * workload.itemsize
-    stream, again = block.tokens * row, 1 + workload.config.remat
+    stream, again = block.tokens * row, workload.forward_passes
 
     def summed(purpose: str, sent: float, minimum: float) -> Transfer:
         return _summed(mesh.model, "model", purpose, sent, minimum)
@@ -188,17 +190,18 @@ def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool)
     terms = 1 if merged else 3
     into = min(terms, block.dense_projections)
     outward = stream * block.dense_out
-    yield summed("attention", again * outward + into * stream, outward + stream * (into > 0))
+    yield summed("attention", again * outward + into * stream, again * outward + stream * (into > 0))
     if block.memory_tokens:
         # The encoder's output has a gradient from each layer's keys and values.
-        layers = 1 if workload.config.scan_layers or not merged else workload.config.num_decoder_layers
-        sent = (again + 1) * stream + min(terms, 2) * block.memory_tokens * row / layers
-        yield summed("cross-attention", sent, 2 * stream)
+        layers, memory = workload.config.num_decoder_layers, block.memory_tokens * row
+        terms_of_memory = min(terms, 2) / (1 if workload.config.scan_layers or not merged else layers)
+        sent = (again + 1) * stream
+        yield summed("cross-attention", sent + terms_of_memory * memory, sent + memory / layers)
     if block.feed_forward is None or block.feed_forward.moe.num_shared_experts:
         # A recomputation leaves out the last product of a dense feed-forward, and of no other.
         forward = 1 if block.feed_forward is None else again
         branches = min(terms, len(workload.config.mlp_activations))
-        yield summed("feed-forward", (forward + branches) * stream, 2 * stream)
+        yield summed("feed-forward", (forward + branches) * stream, (forward + 1) * stream)
     for layer in block.sparse_layers:
         choices, rows, products, weights = layer.moe.router.experts_per_token, layer.slots, terms, 0.0
         if layer.moe.exchanges_by_itself:
@@ -206,7 +209,7 @@ def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool)
             rows, products, weights = block.tokens, 1, block.tokens * choices * FLOAT32
         outward = rows * layer.out * workload.itemsize * layer.sums_out
         inward = min(products, layer.products) * rows * layer.into * workload.itemsize + weights
-        least = stream * choices * (layer.sums_out + (layer.products > 0))
+        least = stream * choices * (again * layer.sums_out + (layer.products > 0))
         yield summed("experts", again * outward + inward, least)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -48,7 +49,8 @@ def compare(plan: MeshPlan, program: jax.stages.Compiled) -> list[Comparison]:
         ),
         Comparison("everything else", "bytes", kept, statistics["temporary"]),
         Comparison("all at once", "bytes", memory.total, statistics["peak"]),
-        Comparison("products", "FLOPs", plan.executed_flops, _flops(program, hlo)),
+        Comparison("products", "FLOPs", plan.executed_flops, float(hlo.product_flops)),
+        Comparison("products (plan: the model's)", "FLOPs", plan.model_flops, float(hlo.product_flops)),
     ]
     return rows + _wire(plan, hlo)
 
@@ -61,17 +63,6 @@ def _memory(program: jax.stages.Compiled) -> dict[str, int]:
     return {"arguments": arguments, "temporary": temporary, "peak": peak}
 
 
-def _flops(program: jax.stages.Compiled, hlo: Program) -> float:
-    """The HLO's products, loops counted by their trips; or, where it has none but convolutions, XLA's own count.
-
-    XLA counts the body of a loop once, and element by element operations too.
-    """
-    if hlo.dot_flops:
-        return float(hlo.dot_flops)
-    costs: Any = program.cost_analysis()
-    return float(costs["flops"])
-
-
 def _wire(plan: MeshPlan, hlo: Program) -> list[Comparison]:
     planned: dict[tuple[str, str], float] = defaultdict(float)
     for one in plan.transfers:
@@ -82,4 +73,9 @@ def _wire(plan: MeshPlan, hlo: Program) -> list[Comparison]:
         Comparison(f"{kind} over {axis}", "bytes", planned.get((axis, kind), 0), compiled.get((axis, kind), 0))
         for axis, kind in keys
     ]
-    return [*rows, Comparison("on the wire", "bytes", sum(planned.values()), sum(compiled.values()))]
+    sent, least = sum(compiled.values()), math.fsum(one.minimum for one in plan.transfers)
+    return [
+        *rows,
+        Comparison("on the wire", "bytes", sum(planned.values()), sent),
+        Comparison("on the wire (plan: at the least)", "bytes", least, sent),
+    ]

@@ -46,6 +46,7 @@ class ForwardFlops:
 
     Attributes:
       attention: projections of queries, keys, values and outputs, and the products of queries, keys and values.
+      scores: of those the products of queries and keys.
       feed_forward: dense feed-forwards and shared experts.
       feed_forward_out: of those the last product, which a recomputation in the backward pass can leave out.
       experts: feed-forward experts, with all their slots.
@@ -55,6 +56,7 @@ class ForwardFlops:
     """
 
     attention: int = 0
+    scores: int = 0
     feed_forward: int = 0
     feed_forward_out: int = 0
     experts: int = 0
@@ -92,7 +94,8 @@ def forward_flops_by_kind(
 
     def attention(queries: int, keys: int) -> ForwardFlops:
         projections = 2 * c.emb_dim * width * (2 * queries + 2 * keys)
-        return ForwardFlops(attention=batch * (projections + 2 * 2 * queries * keys * width))
+        scores = batch * 2 * queries * keys * width
+        return ForwardFlops(attention=batch * projections + 2 * scores, scores=scores)
 
     def self_attention(length: int, sparse: bool) -> ForwardFlops:
         total, moe = attention(length, length), c.attention_moe

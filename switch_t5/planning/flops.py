@@ -46,9 +46,9 @@ def device_flops(workload: Workload, mesh: MeshShape) -> dict[str, float]:
     of one model partition do so alike.
     """
     forward = _forward(workload)
-    times = 3 + workload.config.remat
+    times = workload.forward_passes + 2
     narrow = 3 * (forward.total - forward.router - forward.logits)
-    narrow += _recomputed(workload, forward) - forward.router * workload.config.remat
+    narrow += _recomputed(workload, forward) - forward.router * (times - 3)
     rates = {"float32": 3 * forward.logits / mesh.size + times * forward.router / mesh.batch_shards}
     rates[workload.config.dtype] = rates.get(workload.config.dtype, 0) + narrow / mesh.size
     return rates
@@ -61,5 +61,11 @@ def _forward(workload: Workload) -> ForwardFlops:
 
 
 def _recomputed(workload: Workload, forward: ForwardFlops) -> int:
-    """A second forward pass of the blocks, without a dense feed-forward's last product, which nothing asks for."""
-    return (forward.total - forward.logits - forward.feed_forward_out) * workload.config.remat
+    match workload.config.remat_policy:
+        case "none":
+            return 0
+        case "minimal":
+            return forward.scores
+        case "full":
+            # A second forward pass of the blocks, without a dense feed-forward's last product, which nothing asks for.
+            return forward.total - forward.logits - forward.feed_forward_out

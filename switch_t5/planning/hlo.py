@@ -19,6 +19,9 @@ from switch_t5.planning.communication import ring_bytes
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
 
+_Arrays = Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]]
+"""Dtypes and shapes of a computation's results, by name."""
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\))?(?: -> .*)? \{")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
@@ -101,12 +104,13 @@ class Program:
 
     Attributes:
       collectives: of more than one device.
-      dot_flops: of one device: operations of all ``dot``s, a multiply-add being two.
+      product_flops: of one device: operations of all products, ``dot`` or, as for a TPU, ``convolution``; a
+        multiply-add is two.
       loops_of_unknown_length: loops of which nothing says how often they run, and which count once.
     """
 
     collectives: tuple[Collective, ...]
-    dot_flops: int
+    product_flops: int
     loops_of_unknown_length: int
 
     def sent_by(self, mesh: Mapping[str, int]) -> dict[tuple[str, str], float]:
@@ -130,7 +134,7 @@ def read_program(text: str, num_devices: int) -> Program:
     computations, entry = _computations(text)
     walk = _Walk(computations, num_devices)
     walk.visit(entry, 1)
-    return Program(tuple(walk.collectives), walk.dot_flops, walk.loops_of_unknown_length)
+    return Program(tuple(walk.collectives), walk.product_flops, walk.loops_of_unknown_length)
 
 
 class _Walk:
@@ -139,7 +143,7 @@ class _Walk:
     def __init__(self, computations: Mapping[str, list[Operation]], num_devices: int) -> None:
         self.computations, self.num_devices = computations, num_devices
         self.collectives: list[Collective] = []
-        self.dot_flops = 0
+        self.product_flops = 0
         self.loops_of_unknown_length = 0
 
     def visit(self, name: str, times: int, chains: set[str] | None = None) -> None:
@@ -157,8 +161,9 @@ class _Walk:
             kind = operation.opcode.removesuffix("-start")
             if kind in KINDS:
                 self._collective(operation, kind, times, chains)
-            elif operation.opcode == "dot":
-                self.dot_flops += times * _dot_flops(operation, arrays)
+            elif operation.opcode in ("dot", "convolution"):
+                count = _dot_flops if operation.opcode == "dot" else _convolution_flops
+                self.product_flops += times * count(operation, arrays)
             elif operation.opcode == "while":
                 self.visit(_attribute(operation, "body"), times * self._trips(operation))
             elif not operation.opcode.endswith(("-done", "-update")):
@@ -278,14 +283,52 @@ def _nbytes(array: tuple[str, tuple[int, ...]]) -> int:
     return math.ceil(math.prod(shape) * bits / 8)
 
 
-def _dot_flops(operation: Operation, arrays: Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]]) -> int:
-    operand = re.search(r"%?([\w.\-]+)\s*[,)]", _without_types(operation.rest))
+def _dot_flops(operation: Operation, arrays: _Arrays) -> int:
+    shape = _first_operand(operation, arrays)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.rest)
-    if operand is None or operand[1] not in arrays:
-        raise ValueError(f"the dot {operation.name} names an operand that is not in its computation")
-    shape = arrays[operand[1]][0][1]
     inner = math.prod(shape[int(dim)] for dim in (contracted[1] if contracted else "").split(",") if dim)
     return 2 * math.prod(operation.arrays[0][1]) * inner
+
+
+def _convolution_flops(operation: Operation, arrays: _Arrays) -> int:
+    """Of a product that is written as a convolution, whose spatial dims may be dims of a batch or of a sum.
+
+    A place of the window counts where it meets an entry of the input: padding and the gaps of a dilation do not.
+    """
+    shape, result = _first_operand(operation, arrays), operation.arrays[0][1]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.rest)
+    if labels is None:
+        raise ValueError(f"the convolution {operation.name} does not label its dims")
+    into, _, out = labels.groups()
+    groups = re.search(r"feature_group_count=(\d+)", operation.rest)
+    features = shape[into.index("f")] // (int(groups[1]) if groups else 1)
+    count = result[out.index("b")] * result[out.index("f")] * features
+    window = _window(operation.rest)
+    for dim, size in enumerate(window["size"]):
+        stride, dilation, spread = (window[name][dim] for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        outputs, inputs = result[out.index(str(dim))], shape[into.index(str(dim))]
+        places = np.arange(outputs)[:, None] * stride + np.arange(size) * spread - window["pad"][dim]
+        count *= int(((places >= 0) & (places <= (inputs - 1) * dilation) & (places % dilation == 0)).sum())
+    return 2 * count
+
+
+def _window(rest: str) -> dict[str, list[int]]:
+    """What is written as ``window={size=8x16 pad=7_7x15_15 ...}``, a number a spatial dim: of padding that before."""
+    found = re.search(r"window=\{([^}]*)\}", rest)
+    written = dict(part.split("=") for part in found[1].split()) if found else {}
+    sizes = [int(size) for size in written.get("size", "").split("x") if size]
+    window = {"size": sizes}
+    for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1)):
+        given = written.get(name)
+        window[name] = [int(one.split("_")[0]) for one in given.split("x")] if given else [default] * len(sizes)
+    return window
+
+
+def _first_operand(operation: Operation, arrays: _Arrays) -> tuple[int, ...]:
+    operand = re.search(r"%?([\w.\-]+)\s*[,)]", _without_types(operation.rest))
+    if operand is None or operand[1] not in arrays:
+        raise ValueError(f"the {operation.opcode} {operation.name} names an operand that is not in its computation")
+    return arrays[operand[1]][0][1]
 
 
 def _without_types(text: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from switch_t5.planning.sizes import Block, SparseLayer, blocks
-from switch_t5.planning.workload import Arrays, MeshShape, Workload, shard_bytes, sharded_over
+from switch_t5.planning.workload import Arrays, MeshShape, Workload, is_kernel, shard_bytes, sharded_over
 
 FLOAT32 = 4
 
@@ -24,6 +24,8 @@ class DeviceMemory:
       dispatch_buffers: rows on their way to experts and back, kept or in flight.
       gathered: parameters made whole along ``fsdp``, and their gradients before these are dealt out: those outside
         the blocks, and one block's.
+      cast: kernels in the dtype of activations. Of scanned blocks compilers cast all at once, before the loop; others,
+        and such as are gathered in the loop, one after the other.
     """
 
     parameters: int
@@ -33,6 +35,7 @@ class DeviceMemory:
     logits: int
     dispatch_buffers: int
     gathered: int
+    cast: int
 
     @property
     def total(self) -> int:
@@ -75,7 +78,15 @@ def device_memory(workload: Workload, mesh: MeshShape) -> DeviceMemory:
         logits=math.ceil(2 * rows * workload.config.vocab_size / mesh.model * FLOAT32),
         dispatch_buffers=math.ceil(buffers),
         gathered=math.ceil(_gathered(workload, mesh)),
+        cast=_cast(workload, mesh),
     )
+
+
+def _cast(workload: Workload, mesh: MeshShape) -> int:
+    if not workload.config.scan_layers or workload.itemsize == FLOAT32 or mesh.fsdp > 1:
+        return 0
+    kernels = [one for one in workload.params.kinds if one[0].in_blocks and is_kernel(one[0])]
+    return sum(shard_bytes(kind, mesh, name) // FLOAT32 * workload.itemsize * number for kind, number, name in kernels)
 
 
 def _gathered(workload: Workload, mesh: MeshShape) -> float:
@@ -109,18 +120,24 @@ def _distinct(arrays: Arrays, mesh: MeshShape, devices: int) -> int:
 def _activations(workload: Workload, mesh: MeshShape) -> tuple[float, float]:
     """Activations and dispatch buffers, in bytes."""
     parts = workload.microbatches
-    each = [
-        (_kept(block, workload, mesh) / parts, _buffers(block, workload) / parts) for block in blocks(workload, mesh)
-    ]
-    stream = [block.tokens * workload.config.emb_dim * workload.itemsize / parts for block in blocks(workload, mesh)]
+    found = list(blocks(workload, mesh))
+    each = [(_kept(block, workload, mesh) / parts, _buffers(block, workload) / parts) for block in found]
+    stream = [block.tokens * workload.config.emb_dim * workload.itemsize / parts for block in found]
     # Between the stacks: embedded tokens, and what comes out of each.
     ends = 2 * workload.tokens / mesh.batch_shards / parts * workload.config.emb_dim * workload.itemsize
     working = max(kept for kept, _ in each)
     in_flight = max(buffers for _, buffers in each)
-    if workload.config.remat:
-        # A block's input is all that is kept; in the backward pass one block is there twice, as gradients too.
-        return ends + sum(stream) + 2 * working, 2 * in_flight
-    return ends + sum(kept for kept, _ in each) + working, sum(buffers for _, buffers in each) + in_flight
+    all_buffers = sum(buffers for _, buffers in each) + in_flight
+    match workload.config.remat_policy:
+        case "none":
+            return ends + sum(kept for kept, _ in each) + working, all_buffers
+        case "minimal":
+            # In the backward pass one block is there twice, as gradients too.
+            kept = sum(_kept_of_products(block, workload, mesh) for block in found) / parts
+            return ends + kept + 2 * working, all_buffers
+        case "full":
+            # A block's input is all that is kept.
+            return ends + sum(stream) + 2 * working, 2 * in_flight
 
 
 def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
@@ -143,6 +160,22 @@ def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
     else:
         entries += block.tokens * block.feed_forward.moe.num_shared_experts * hidden * item
     return entries + sum(_kept_by_experts(layer, block, item) for layer in block.sparse_layers)
+
+
+def _kept_of_products(block: Block, workload: Workload, mesh: MeshShape) -> float:
+    """Bytes that are kept of a block where all that is cheap is computed again, dispatch buffers left out."""
+    config, item = workload.config, workload.itemsize
+    width = config.num_heads / mesh.model * config.head_dim
+    # The residual stream before each part of the block; queries, keys, values and what attention gives.
+    entries = (3 if block.memory_tokens else 2) * block.tokens * config.emb_dim + block.tokens * 4 * width
+    entries += 2 * (block.tokens + block.memory_tokens) * width if block.memory_tokens else 0
+    is_dense = block.feed_forward is None
+    shared = 1 if is_dense else block.feed_forward.moe.num_shared_experts
+    branches = len(config.mlp_activations)
+    entries += block.tokens * shared * branches * config.mlp_dim / mesh.model
+    if not is_dense:
+        entries += block.feed_forward.slots * branches * config.mlp_dim / mesh.model
+    return entries * item + sum(block.tokens * layer.moe.num_experts * FLOAT32 for layer in block.sparse_layers)
 
 
 def _kept_by_experts(layer: SparseLayer, block: Block, item: int) -> float:

@@ -7,10 +7,12 @@ take of memory, and that its bytes take of the links, each as if the others were
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
 from switch_t5.errors import ConfigError
+from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.planning.chips import Topology
 from switch_t5.planning.communication import Transfer, transfers
 from switch_t5.planning.flops import device_flops, step_flops
@@ -34,7 +36,8 @@ class MeshPlan:
       memory_seconds: of the bytes of memory.
       communication_seconds: of the bytes on the wire.
       memory_bytes: read and written in a step, at the least.
-      executed_flops: of a device in a step.
+      model_flops: of a device in a step: its share of three forward passes.
+      executed_flops: of a device in a step, with what is computed again and what several devices compute alike.
       mfu_bound: the model's FLOPs at the chip's peak, as a share of the step's time.
       excess: bytes beyond the chip's memory; 0 where it fits.
     """
@@ -47,6 +50,7 @@ class MeshPlan:
     memory_seconds: float
     communication_seconds: float
     memory_bytes: float
+    model_flops: float
     executed_flops: float
     mfu_bound: float
     excess: int
@@ -146,7 +150,7 @@ def plan_mesh(workload: Workload, topology: Topology, mesh: MeshShape) -> MeshPl
     peak = topology.chip.peak_flops[workload.config.dtype]
     communication = math.fsum(topology.seconds(one.collective, one.sent, *_extent(one.axis, mesh)) for one in sent)
     memory_seconds = traffic / topology.chip.memory_bandwidth
-    model_flops = step_flops(workload).model
+    model_flops = step_flops(workload).model / mesh.size
     return MeshPlan(
         mesh=mesh,
         memory=memory,
@@ -156,8 +160,9 @@ def plan_mesh(workload: Workload, topology: Topology, mesh: MeshShape) -> MeshPl
         memory_seconds=memory_seconds,
         communication_seconds=communication,
         memory_bytes=traffic,
+        model_flops=model_flops,
         executed_flops=math.fsum(flops.values()),
-        mfu_bound=model_flops / mesh.size / peak / max(compute, memory_seconds, communication),
+        mfu_bound=model_flops / peak / max(compute, memory_seconds, communication),
         excess=max(0, memory.total - topology.chip.memory),
     )
 
@@ -178,18 +183,18 @@ def _try_meshes(
 
 
 def _smallest_change(workload: Workload, topology: Topology, check: Check) -> Change | None:
-    """Tries what costs least first: microbatches, then recomputation, then both, then more devices."""
-    remat = workload.config.remat
-    parts = [workload.microbatches * 2**power for power in range(1, 7)]
-    changes = [(f"MICROBATCHES={count}", workload.with_changes(remat=remat, microbatches=count), 1) for count in parts]
-    if not remat:
-        words = "TransformerConfig.remat=True"
-        changed = workload.with_changes(remat=True, microbatches=workload.microbatches)
-        changes.append((words, changed, 1))
-        changes += [
-            (f"{words} and MICROBATCHES={count}", workload.with_changes(remat=True, microbatches=count), 1)
-            for count in parts
-        ]
+    """Tries what costs least first: cheap recomputation, microbatches, both, all recomputation, then more devices."""
+    current, count = workload.config.remat_policy, workload.microbatches
+    cheap: RematPolicy = "minimal" if current == "none" else current
+    more = [count * 2**power for power in range(1, 7)]
+    tried: list[tuple[RematPolicy, int]] = [(cheap, count), *itertools.product((current, cheap, "full"), more)]
+    tried.insert(tried.index(("full", more[0])), ("full", count))
+    changes: list[tuple[str, Workload, int]] = []
+    for policy, parts in tried:
+        words = [f"TransformerConfig.remat_policy='{policy}'"] * (policy != current)
+        words += [f"MICROBATCHES={parts}"] * (parts != count)
+        if words:
+            changes.append((" and ".join(words), workload.with_changes(remat_policy=policy, microbatches=parts), 1))
     for factor in (2**power for power in range(1, 11)):
         changes.append((f"{topology.num_devices * factor} devices", workload, factor))
     for words, changed, factor in changes:
@@ -205,7 +210,7 @@ def _memory_traffic(workload: Workload, memory: DeviceMemory) -> float:
     A pass reads the parameters; a gradient is written once and read three times by Adafactor; parameters and state
     are read and written once by it; what is kept of activations is written and read.
     """
-    passes = (2 + workload.config.remat) * workload.microbatches
+    passes = (1 + workload.forward_passes) * workload.microbatches
     kept = memory.activations + memory.logits + memory.dispatch_buffers
     return (
         (passes + 2) * memory.parameters

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.model.config import TransformerConfig
 from switch_t5.partitioning.mesh import MESH_AXES
 from switch_t5.partitioning.rules import PARAMETER_AXIS_RULES, named_sharding, partition_spec
@@ -115,6 +116,11 @@ def sharded_over(kind: ArrayKind) -> set[str]:
     return found
 
 
+def is_kernel(kind: ArrayKind) -> bool:
+    """Whether a parameter is multiplied in the dtype of activations."""
+    return bool({"mlp", "expert_mlp", "kv"} & set(kind.axes))
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """A training step, as far as its cost is concerned.
@@ -151,7 +157,12 @@ class Workload:
         """Bytes of an activation's entry."""
         return self.config.activation_dtype.itemsize
 
-    def with_changes(self, *, remat: bool, microbatches: int) -> Workload:
+    @property
+    def forward_passes(self) -> int:
+        """How often a block sends what its forward pass sends: once more where it is recomputed as a whole."""
+        return 2 if self.config.remat_policy == "full" else 1
+
+    def with_changes(self, *, remat_policy: RematPolicy, microbatches: int) -> Workload:
         """The same with what saves memory changed; neither changes a parameter."""
-        config = dataclasses.replace(self.config, remat=remat)
+        config = dataclasses.replace(self.config, remat_policy=remat_policy)
         return dataclasses.replace(self, config=config, microbatches=microbatches)

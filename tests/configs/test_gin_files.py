@@ -211,7 +211,11 @@ def test_mt5_differs_from_t5_1_1_in_its_vocabulary_alone(load: Load):
 def test_deep_models_are_scanned_and_the_largest_recompute_activations(model_name, transformer):
     config: TransformerConfig = transformer(model_name)
     assert config.scan_layers == (config.num_encoder_layers > 12)
-    assert config.remat == model_name.endswith(("_xl", "_xxl", "_xxl_e128", "_c", "_c_e2048"))
+    is_base = config.num_encoder_layers <= 12
+    if config.moe is not None:
+        assert config.remat_policy == ("none" if is_base else "minimal")
+    else:
+        assert config.remat_policy == ("full" if model_name.endswith(("_xl", "_xxl")) else "none")
 
 
 def test_every_stack_of_a_sparse_model_alternates_or_is_wholly_sparse(transformer):

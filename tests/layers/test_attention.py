@@ -42,12 +42,12 @@ def visibility(case: str, queries: int, keys: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", ["everything", "padded", "packed", "causal"])
-@pytest.mark.parametrize("with_positions", [True, False])
-def test_attend_equals_a_float64_softmax_in_value_and_gradient(case: str, with_positions: bool) -> None:
+@pytest.mark.parametrize("copies", [0, 1, BATCH], ids=lambda copies: f"{copies} position biases")
+def test_attend_equals_a_float64_softmax_in_value_and_gradient(case: str, copies: int) -> None:
     random = np.random.default_rng(0)
     queries, keys = (KEYS, KEYS) if case == "causal" else (QUERIES, KEYS)
-    shapes = [(BATCH, HEADS, queries, FEATURES), *[(BATCH, HEADS, keys, FEATURES)] * 2, (1, HEADS, queries, keys)]
-    arrays = [random.normal(size=shape).astype(np.float32) for shape in shapes[: 4 if with_positions else 3]]
+    shapes = [(BATCH, HEADS, queries, FEATURES), *[(BATCH, HEADS, keys, FEATURES)] * 2, (copies, HEADS, queries, keys)]
+    arrays = [random.normal(size=shape).astype(np.float32) for shape in shapes[: 4 if copies else 3]]
     visible = visibility(case, queries, keys)
     # Nothing is asked of the queries that see no key: they are padding.
     asked = visible.any(-1, keepdims=True)
@@ -56,11 +56,11 @@ def test_attend_equals_a_float64_softmax_in_value_and_gradient(case: str, with_p
 
     def ours(*arrays: Array) -> Array:
         query, key, value = arrays[:3]
-        return attend(query, key, value, bias, arrays[3] if with_positions else None)
+        return attend(query, key, value, bias, arrays[3] if copies else None)
 
     def plain(*arrays: Array) -> Array:
         query, key, value = arrays[:3]
-        return plain_attend(query, key, value, jnp.asarray(visible), arrays[3] if with_positions else None)
+        return plain_attend(query, key, value, jnp.asarray(visible), arrays[3] if copies else None)
 
     @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, arrays, cotangent):

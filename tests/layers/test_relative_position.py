@@ -72,12 +72,12 @@ def test_buckets_are_those_of_hugging_face() -> None:
 @pytest.mark.parametrize(("rows", "columns", "period"), [(4, 4, 8), (3, 5, 8), (5, 2, 7), (1, 3, 4), (4, 3, 11)])
 def test_along_diagonals_fills_by_distance_and_its_gradient_sums_them(rows: int, columns: int, period: int) -> None:
     random = np.random.default_rng(rows)
-    values = jnp.asarray(random.normal(size=(2, period)), jnp.float32)
-    weights = jnp.asarray(random.normal(size=(2, rows, columns)), jnp.float32)
+    values = jnp.asarray(random.normal(size=(3, 2, period)), jnp.float32)
+    weights = jnp.asarray(random.normal(size=(3, 2, rows, columns)), jnp.float32)
     index = (np.arange(columns) - np.arange(rows)[:, None]) % period
 
     filled, pull = jax.vjp(lambda v: along_diagonals(v, rows, columns), values)
-    looked_up, pull_looked_up = jax.vjp(lambda v: v[:, index], values)
+    looked_up, pull_looked_up = jax.vjp(lambda v: v[..., index], values)
     np.testing.assert_array_equal(filled, looked_up)
     np.testing.assert_allclose(pull(weights)[0], pull_looked_up(weights)[0], rtol=1e-5, atol=1e-6)
 
@@ -89,6 +89,7 @@ def test_the_bias_of_a_pair_is_its_buckets_entry(bidirectional: bool, queries: i
     table = np.asarray(bias.embedding[...])
     relative = np.arange(keys) - np.arange(queries)[:, None]
     expected = table[:, buckets(relative, bidirectional=bidirectional)]
-    result = bias(queries, keys, jnp.dtype(jnp.float32))
-    assert result.shape == (1, 3, queries, keys)
-    np.testing.assert_array_equal(result[0], expected)
+    result = bias(queries, keys, jnp.dtype(jnp.float32), shards=2)
+    assert result.shape == (2, 3, queries, keys)
+    for copy in result:
+        np.testing.assert_array_equal(copy, expected)

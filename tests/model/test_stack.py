@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 
 from switch_t5.layers.attention import mask_bias
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.model.blocks import BlockInputs
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.stack import Stack, shortest_period
@@ -138,17 +139,18 @@ def test_statistics_have_a_leading_axis_over_sparse_layers_and_show_drops() -> N
     assert (np.asarray(stats.dropped) > 0).all()
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_scanned_equals_written_out_in_value_statistics_and_gradients(remat: bool) -> None:
-    gradients, results = outcome(dataclasses.replace(SCANNED, remat=remat))
+@pytest.mark.parametrize("remat_policy", get_args(RematPolicy))
+def test_scanned_equals_written_out_in_value_statistics_and_gradients(remat_policy: RematPolicy) -> None:
+    gradients, results = outcome(dataclasses.replace(SCANNED, remat_policy=remat_policy))
     reference, reference_results = outcome(CONFIG)
     assert_close(results, reference_results)
     gradients = gradients | {"params": {"blocks": written_out(gradients["params"]["blocks"])}}
     assert_close(gradients, reference)
 
 
-def test_recomputed_equals_stored() -> None:
-    gradients, results = outcome(dataclasses.replace(CONFIG, remat=True))
+@pytest.mark.parametrize("remat_policy", ["minimal", "full"])
+def test_recomputed_equals_stored(remat_policy: RematPolicy) -> None:
+    gradients, results = outcome(dataclasses.replace(CONFIG, remat_policy=remat_policy))
     reference, reference_results = outcome(CONFIG)
     assert_close(results, reference_results)
     assert_close(gradients, reference)
@@ -156,7 +158,7 @@ def test_recomputed_equals_stored() -> None:
 
 @pytest.mark.slow
 def test_scanned_recomputed_and_written_out_draw_the_same_dropout_and_jitter() -> None:
-    gradients, results = outcome(dataclasses.replace(SCANNED, remat=True), random_parts=True)
+    gradients, results = outcome(dataclasses.replace(SCANNED, remat_policy="full"), random_parts=True)
     reference, reference_results = outcome(CONFIG, random_parts=True)
     assert_close(results, reference_results)
     assert_close(written_out(gradients["params"]["blocks"]), reference["params"]["blocks"])

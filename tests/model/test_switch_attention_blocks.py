@@ -78,7 +78,7 @@ def test_a_stack_with_sparse_attention_alone_counts_padding_as_that_says() -> No
 
 @pytest.mark.slow
 def test_scanned_equals_written_out_with_statistics_in_the_same_order() -> None:
-    scanned = dataclasses.replace(CONFIG, scan_layers=True, remat=True)
+    scanned = dataclasses.replace(CONFIG, scan_layers=True, remat_policy="full")
     params = random_params(Model(scanned), scale=0.5)
     blocks = params["encoder"]["stack"]["blocks"]
     assert set(blocks) == {"layers_0", "layers_1"}

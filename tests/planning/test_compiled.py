@@ -24,7 +24,7 @@ WORDS = [
 ]
 SCANNED = [
     "--gin.TransformerConfig.scan_layers=True",
-    "--gin.TransformerConfig.remat=True",
+    "--gin.TransformerConfig.remat_policy=full",
     "--gin.TransformerConfig.num_encoder_layers=4",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.planning.counts import forward_flops, forward_flops_by_kind
 from switch_t5.planning.flops import device_flops, step_flops
 from switch_t5.planning.workload import MeshShape
@@ -25,21 +26,25 @@ def test_kinds_add_up_to_the_forward_pass_and_are_counted_by_hand():
 
 def test_a_step_is_three_forward_passes_and_recomputation_most_of_a_fourth():
     forward = forward_flops_by_kind(small_config(), BATCH, INPUTS, TARGETS)
-    plain, again = (step_flops(workload_of(small_config(remat=remat))) for remat in (False, True))
+    plain, cheap, again = (
+        step_flops(workload_of(small_config(remat_policy=policy))) for policy in ("none", "minimal", "full")
+    )
     assert (plain.model, plain.recomputed) == (3 * forward.total, 0)
-    assert again.model == plain.model
+    assert again.model == cheap.model == plain.model
+    # Queries by keys of two layers a stack, and of the decoder's cross-attention; 2 heads of 8.
+    assert cheap.recomputed == 2 * 2 * 16 * BATCH * (INPUTS**2 + TARGETS**2 + INPUTS * TARGETS)
     assert again.recomputed == forward.total - forward.logits - forward.feed_forward_out
     assert plain.per_token == plain.model / (BATCH * (INPUTS + TARGETS))
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_devices_share_all_work_but_the_routers(remat: bool):
-    workload = workload_of(small_config(remat=remat))
+@pytest.mark.parametrize(("remat_policy", "routed"), [("none", 3), ("minimal", 3), ("full", 4)])
+def test_devices_share_all_work_but_the_routers(remat_policy: RematPolicy, routed: int):
+    workload = workload_of(small_config(remat_policy=remat_policy))
     step = step_flops(workload)
     assert sum(device_flops(workload, MeshShape(2, 4, 1)).values()) == pytest.approx(step.executed / 8)
     router = forward_flops_by_kind(small_config(), BATCH, INPUTS, TARGETS).router
     twice = sum(device_flops(workload, MeshShape(2, 2, 2)).values())
-    assert twice == pytest.approx(step.executed / 8 + (3 + remat) * router / 8)
+    assert twice == pytest.approx(step.executed / 8 + routed * router / 8)
 
 
 def test_router_and_logits_are_multiplied_in_float32():

@@ -71,8 +71,42 @@ def test_what_stands_in_a_loop_counts_as_often_as_the_loops_around_it_run():
     assert (found.kind, found.times, found.nbytes) == ("all-to-all", 15, 2 * 4 * 16 * 4)
     assert found.axes(MESH) == ("expert",)
     assert program.sent_by(MESH) == {("expert", "all-to-all"): 15 * 512 / 2}
-    assert program.dot_flops == 5 * 2 * 8 * 8 * 16
+    assert program.product_flops == 5 * 2 * 8 * 8 * 16
     assert program.loops_of_unknown_length == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "products"),
+    [
+        # As TPUs write them: rows by columns; with dims of a batch (2) as spatial ones, of which each window meets one
+        # entry; and with heads (3) of kv (5) columns.
+        ("f32[7,4] convolution(f32[7,9] %x, f32[9,4] %k), dim_labels=bf_io->bf", 7 * 9 * 4),
+        (
+            "f32[2,7,4] convolution(f32[2,7,9] %x, f32[2,9,4] %k), window={size=2 stride=1 lhs_dilate=2}, "
+            "dim_labels=0bf_0io->0bf",
+            2 * 7 * 9 * 4,
+        ),
+        (
+            "f32[3,7,5] convolution(f32[1,7,9] %x, f32[3,9,5] %k), window={size=3 pad=2_2 rhs_reversal=1}, "
+            "dim_labels=0bf_0io->0bf",
+            3 * 7 * 9 * 5,
+        ),
+        # Four places of a window of three, of which the padding takes one at each end.
+        ("f32[1,4,1] convolution(f32[1,4,2] %x, f32[3,2,1] %k), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 20),
+        ("f32[6,4] convolution(f32[6,8] %x, f32[2,4] %k), dim_labels=bf_io->bf, feature_group_count=4", 6 * 2 * 4),
+    ],
+)
+def test_products_are_counted_where_they_are_written_as_convolutions(written: str, products: int):
+    result, call = written.split(" ", 1)
+    shapes = [part.split(" ")[0] for part in call.split("(", 1)[1].split("f32") if part]
+    into, kernel = (f"f32{shape}" for shape in shapes[:2])
+    text = f"""ENTRY %main (x: {into}) -> {result} {{
+  %x = {into} parameter(0)
+  %k = {kernel} constant(0)
+  ROOT %y = {result} {call}
+}}
+"""
+    assert read_program(text, 1).product_flops == 2 * products
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
@@ -215,5 +249,5 @@ def test_a_compiled_loop_of_products_is_read_as_what_it_does():
     program = read_program(text, mesh.size)
     (summed,) = [one for one in program.collectives if one.kind == "all-reduce"]
     assert (summed.times, summed.nbytes, summed.axes(mesh.shape)) == (repeats, rows // 2 * inner * 4, ("model",))
-    assert program.dot_flops == repeats * 2 * rows // 2 * inner // 2 * inner
+    assert program.product_flops == repeats * 2 * rows // 2 * inner // 2 * inner
     assert largest(program, 1) == [summed]

@@ -8,7 +8,7 @@ import pytest
 
 from switch_t5.errors import ConfigError
 from switch_t5.planning.counts import parameter_count
-from switch_t5.planning.memory import device_memory, host_memory
+from switch_t5.planning.memory import DeviceMemory, device_memory, host_memory
 from switch_t5.planning.workload import MeshShape
 from tests.planning.workloads import BATCH, INPUTS, TARGETS, small_config, workload_of
 
@@ -81,13 +81,28 @@ def test_dispatch_buffers_hold_each_slot_on_its_way_there_and_back():
 
 
 def test_recomputation_keeps_a_blocks_input_and_one_block():
-    plain, again = (
-        device_memory(workload_of(small_config(num_encoder_layers=12, remat=remat)), MeshShape(8, 1, 1))
-        for remat in (False, True)
-    )
-    deeper = device_memory(workload_of(small_config(num_encoder_layers=14, remat=True)), MeshShape(8, 1, 1))
+    def memory(policy: str, layers: int = 12) -> DeviceMemory:
+        workload = workload_of(small_config(num_encoder_layers=layers, remat_policy=policy))
+        return device_memory(workload, MeshShape(8, 1, 1))
+
+    plain, again, deeper = memory("none"), memory("full"), memory("full", 14)
     assert again.activations < plain.activations / 3
     assert deeper.activations - again.activations == 2 * BATCH / DEVICES * INPUTS * 16 * 4
+
+
+def test_recomputation_of_what_is_cheap_keeps_what_products_gave():
+    def memory(policy: str, layers: int) -> DeviceMemory:
+        workload = workload_of(small_config(num_encoder_layers=layers, remat_policy=policy))
+        return device_memory(workload, MeshShape(8, 1, 1))
+
+    two_more = memory("minimal", 14).activations - memory("minimal", 12).activations
+    tokens = BATCH // 8 * INPUTS
+    # Of a dense and a sparse block: the stream before attention and feed-forward, queries, keys, values and context;
+    # hidden activations; and the router's logits.
+    assert two_more == 4 * (2 * tokens * (2 * 16 + 4 * 16) + tokens * 32 + BATCH // 8 * 4 * 10 * 32 + tokens * 4)
+    assert two_more < memory("none", 14).activations - memory("none", 12).activations
+    buffers = [memory(policy, 12).dispatch_buffers for policy in ("none", "minimal", "full")]
+    assert buffers[0] == buffers[1] > buffers[2]
 
 
 def test_a_mesh_that_does_not_divide_a_parameter_is_refused_by_its_name():

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from switch_t5.errors import ConfigError
+from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.planning.chips import TPUS, Topology
 from switch_t5.planning.plan import make_plan, mesh_shapes, plan_mesh
 from switch_t5.planning.workload import MeshShape, Workload
@@ -75,8 +76,26 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     plan = make_plan(workload, with_memory(min(sizes) - 1), no_check)
     assert not plan.fitting
     assert [one.excess for one in plan.too_large] == sorted(size - min(sizes) + 1 for size in sizes)
-    assert plan.change is not None and plan.change.words == "MICROBATCHES=2"
+    assert plan.change is not None and plan.change.words == "TransformerConfig.remat_policy='minimal'"
     assert plan.change.plan.excess == 0
+
+
+def test_microbatches_come_before_the_recomputation_of_everything():
+    def least(policy: RematPolicy, parts: int) -> int:
+        changed = workload.with_changes(remat_policy=policy, microbatches=parts)
+        return min(plan_mesh(changed, V5E, mesh).memory.total for mesh in mesh_shapes(workload, 8))
+
+    def words(size: int) -> str:
+        change = make_plan(workload, with_memory(size), no_check).change
+        assert change is not None
+        return change.words
+
+    workload = workload_of(small_config())
+    assert least("none", 2) < least("full", 1) < least("minimal", 1)
+    assert words(least("full", 1)) == "MICROBATCHES=2"
+    few = least("minimal", 64) - 1
+    assert least("full", 64) <= few < least("none", 64)
+    assert words(few).startswith("TransformerConfig.remat_policy='full' and MICROBATCHES=")
 
 
 def test_more_devices_are_the_last_resort():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from switch_t5.routing.assignment import Assignment, sort_by_expert
 from switch_t5.routing.choice import top_k
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod, combine_rows, dispatch_rows
 from switch_t5.types import Array
+from tests.jaxprs import equations
 from tests.routing.routers import decide
 
 GROUPS, TOKENS, EXPERTS, CAPACITY, FEATURES = 2, 24, 5, 4, 3
@@ -127,17 +128,6 @@ def test_dispatch_keeps_bfloat16() -> None:
         dispatched = dispatcher.dispatch(x, assignment)
         assert dispatched.dtype == jnp.bfloat16
         assert dispatcher.combine(dispatched, assignment).dtype == jnp.bfloat16
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation, those inside other equations' parameters included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in equation.params.values():
-            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 def looked_at(loss: Callable[..., Array], *arguments: Array) -> tuple[set[str], int]:
