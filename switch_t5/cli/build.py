@@ -151,6 +151,7 @@ class Run:
     def __init__(self, spec: RunSpec, mesh: Mesh | None = None) -> None:
         self.spec = spec
         self.mesh = make_mesh(spec.mesh) if mesh is None else mesh
+        self.rules = spec.mesh.axis_rules
         self.model = Model(spec.transformer)
         self.optimizer = spec.train.optimizer(self.model.axes)
         self.teacher = None
@@ -177,9 +178,9 @@ class Run:
     def state_shardings(self) -> Any:
         """Where each array of the training state lives: a ``TrainState`` of shardings."""
         shapes = self._shapes
-        params = tree_shardings(self.mesh, shapes.params, self.model.axes)
+        params = tree_shardings(self.mesh, shapes.params, self.model.axes, self.rules.at_rest)
         axes = state_axes(shapes.opt_state, shapes.params, self.model.axes)
-        opt_state = tree_shardings(self.mesh, shapes.opt_state, axes)
+        opt_state = tree_shardings(self.mesh, shapes.opt_state, axes, self.rules.at_rest)
         step: Any = NamedSharding(self.mesh, PartitionSpec())
         return TrainState(step, params, opt_state)
 
@@ -234,7 +235,7 @@ class Run:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
-            tree_shardings(self.mesh, shapes, self.teacher.axes),
+            tree_shardings(self.mesh, shapes, self.teacher.axes, self.rules.at_rest),
         )
 
     def compile_train_step(self) -> jax.stages.Compiled:
@@ -257,7 +258,7 @@ class Run:
         metrics = None if jax.process_count() == 1 else NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, metrics))
         more = () if self.teacher is None else (self.abstract_teacher,)
-        with partitioned(self.mesh):
+        with partitioned(self.mesh, self.rules):
             return jitted.lower(self.abstract_state, self.abstract_batch(), *more).compile()
 
     @functools.cached_property
@@ -266,7 +267,7 @@ class Run:
         jitted = jax.jit(functools.partial(eval_step, model=self.model))
 
         def call(params: Params, batch: Any) -> dict[str, Any]:
-            with partitioned(self.mesh):
+            with partitioned(self.mesh, self.rules):
                 return jitted(params, batch)
 
         return call
@@ -328,6 +329,7 @@ class Run:
             batch_size=batch_size,
             eos_id=eos_id,
             mesh=self.mesh,
+            rules=self.rules,
             place=lambda batch: self.place({name: values[rows.held] for name, values in batch.items()}),
         )
 

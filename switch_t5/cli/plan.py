@@ -96,27 +96,32 @@ def workload_of(spec: RunSpec) -> tuple[Workload, int]:
 
     model = Model(spec.transformer)
     opt_state = jax.eval_shape(spec.train.optimizer(model.axes).init, model.abstract_params)
-    lengths = spec.data.task_feature_lengths
+    lengths, rules = spec.data.task_feature_lengths, spec.mesh.axis_rules
     workload = Workload(
         config=spec.transformer,
         batch=spec.data.batch_size,
         encoder_length=lengths["inputs"],
         decoder_length=lengths["targets"],
-        params=Arrays.of(model.abstract_params, model.axes),
-        opt_state=Arrays.of(opt_state, state_axes(opt_state, model.abstract_params, model.axes)),
+        params=Arrays.of(model.abstract_params, model.axes, rules),
+        opt_state=Arrays.of(opt_state, state_axes(opt_state, model.abstract_params, model.axes), rules),
         microbatches=spec.train.microbatches,
+        rules=rules,
     )
     return workload, active_parameter_count(spec.transformer, model.abstract_params, model.axes)
 
 
 def spec_on(spec: RunSpec, workload: Workload, mesh: MeshShape) -> RunSpec:
     """The run that a plan speaks of: with its rematerialisation and microbatches, on its mesh."""
-    from switch_t5.partitioning.mesh import MeshConfig
-
     return dataclasses.replace(
         spec,
         transformer=workload.config,
-        mesh=MeshConfig(mesh.expert, mesh.model, mesh.fsdp, mesh.size),
+        mesh=dataclasses.replace(
+            spec.mesh,
+            num_expert_partitions=mesh.expert,
+            num_model_partitions=mesh.model,
+            num_fsdp_partitions=mesh.fsdp,
+            num_devices=mesh.size,
+        ),
         train=dataclasses.replace(spec.train, microbatches=workload.microbatches),
     )
 

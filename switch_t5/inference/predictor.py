@@ -16,7 +16,7 @@ from switch_t5.inference.decoding import decode
 from switch_t5.inference.independence import independent
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
-from switch_t5.partitioning.rules import partitioned
+from switch_t5.partitioning.rules import AXIS_RULES, AxisRules, partitioned
 from switch_t5.types import Params
 
 _SHORTEST = 16
@@ -64,6 +64,7 @@ class Predictor:
         batch_size: int,
         eos_id: int,
         mesh: Mesh,
+        rules: AxisRules = AXIS_RULES,
         place: Callable[[dict[str, np.ndarray]], Any],
     ) -> None:
         """Makes a predictor; it compiles at its first use.
@@ -75,11 +76,12 @@ class Predictor:
           batch_size: inputs decoded together where ``decoding`` does not say.
           eos_id: the token that ends an output.
           mesh: the devices that hold the parameters.
+          rules: what logical axes are split over.
           place: a numpy batch, whole in every process, to global arrays.
         """
         self.inputs_length, targets_length = lengths
         self.batch_size = decoding.batch_size or batch_size
-        self._mesh, self._place = mesh, place
+        self._mesh, self._rules, self._place = mesh, rules, place
         model = Model(independent(transformer))
         max_length = decoding.max_length or targets_length
         self._decode = jax.jit(functools.partial(decode, model, config=decoding, max_length=max_length, eos_id=eos_id))
@@ -106,7 +108,7 @@ class Predictor:
                 tokens[place, : len(cut)] = cut
             told = np.zeros(self.batch_size, np.int32)
             told[: len(rows)] = [numbers[row] for row in rows]
-            with partitioned(self._mesh):
+            with partitioned(self._mesh, self._rules):
                 placed = self._place({"tokens": tokens, "numbers": told})
                 decoded = _everywhere(self._decode(params, placed["tokens"], placed["numbers"]))
             for place, row in enumerate(rows):

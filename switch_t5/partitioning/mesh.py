@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
-from switch_t5.errors import ConfigError, check_types
+from switch_t5.errors import ConfigError, check_types, closest
+from switch_t5.partitioning.rules import LOGICAL_AXIS_RULES, AxisRules
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
+_BATCH_RULES = ("batch", "expert_batch", "expert")
+"""Logical axes of which the layers' exchanges and the batch's placement take the rules as given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,10 @@ class MeshConfig:
       num_model_partitions: devices that attention heads, feed-forward and vocabulary are split over.
       num_fsdp_partitions: devices that parameters and optimizer state are split over between their uses.
       num_devices: devices to use, from the first on; None for all there are.
+      logical_axis_rules: for some logical axes another mesh axis, several, or None, than
+        :data:`switch_t5.partitioning.rules.LOGICAL_AXIS_RULES` says.
+      parameter_axis_rules: the same for parameters and the optimizer's state between their uses alone, where
+        :data:`switch_t5.partitioning.rules.PARAMETER_AXIS_RULES` differs or is to differ.
 
     What is left, devices / (fsdp x expert x model), replicates the parameters: pure data parallelism. The batch is
     split over data, fsdp and expert alike.
@@ -36,12 +43,50 @@ class MeshConfig:
     num_model_partitions: int = 1
     num_fsdp_partitions: int = 1
     num_devices: int | None = None
+    logical_axis_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    parameter_axis_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        for field in ("logical_axis_rules", "parameter_axis_rules"):
+            for axis, target in getattr(self, field).items():
+                _check_rule(f"MeshConfig.{field}", axis, target)
         for field in ("num_expert_partitions", "num_model_partitions", "num_fsdp_partitions"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"MeshConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
+
+    @property
+    def axis_rules(self) -> AxisRules:
+        """The tables that these fields change."""
+        changes = (self.logical_axis_rules, self.parameter_axis_rules)
+        return AxisRules.changed(*({axis: _mesh_axes(target) for axis, target in one.items()} for one in changes))
+
+
+def _check_rule(parameter: str, axis: str, target: Any) -> None:
+    """Raises ConfigError where a rule names what is not there, or cannot be."""
+    if axis not in LOGICAL_AXIS_RULES:
+        near = closest(axis, LOGICAL_AXIS_RULES) or f" There are {', '.join(LOGICAL_AXIS_RULES)}."
+        raise ConfigError(parameter, f"has a rule for {axis!r}, which is no logical axis.{near}")
+    if axis in _BATCH_RULES:
+        raise ConfigError(
+            parameter,
+            f"has a rule for {axis!r}, which follows from the partitions: set num_expert_partitions, or "
+            "num_fsdp_partitions.",
+        )
+    names = _mesh_axes(target)
+    for name in names:
+        if name not in MESH_AXES:
+            near = closest(str(name), MESH_AXES) or f" Give some of {', '.join(MESH_AXES)}, or None."
+            raise ConfigError(parameter, f"splits {axis!r} over {name!r}, which is no mesh axis.{near}")
+    if len(set(names)) < len(names):
+        raise ConfigError(parameter, f"splits {axis!r} over a mesh axis twice: {target!r}.")
+
+
+def _mesh_axes(target: Any) -> tuple[Any, ...]:
+    """What a rule of a configuration names: one mesh axis, several or, for None, no one."""
+    if isinstance(target, tuple | list):
+        return tuple(target)
+    return () if target is None else (target,)
 
 
 def make_mesh(

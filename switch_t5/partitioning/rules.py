@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +43,28 @@ _PARAMETER_AXES: Rules = {"embed": "fsdp"}
 PARAMETER_AXIS_RULES: Rules = {**LOGICAL_AXIS_RULES, **_PARAMETER_AXES}
 """For parameters and the optimizer's state between their uses."""
 
-_active: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("active_partitioning", default=None)
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Both tables of a run.
+
+    Attributes:
+      used: for activations, and for parameters where they are used.
+      at_rest: for parameters and the optimizer's state between their uses.
+    """
+
+    used: Rules
+    at_rest: Rules
+
+    @classmethod
+    def changed(cls, used: Rules, at_rest: Rules) -> AxisRules:
+        """The tables above, with other rules for some axes; those of ``used`` hold for parameters at rest too."""
+        return cls({**LOGICAL_AXIS_RULES, **used}, {**LOGICAL_AXIS_RULES, **used, **_PARAMETER_AXES, **at_rest})
+
+
+AXIS_RULES = AxisRules(LOGICAL_AXIS_RULES, PARAMETER_AXIS_RULES)
+
+_active: ContextVar[tuple[Mesh, AxisRules] | None] = ContextVar("active_partitioning", default=None)
 _shard: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("partitioning_of_a_shard", default=None)
 
 
@@ -66,7 +88,7 @@ def partition_spec(axes: Axes, rules: Rules = LOGICAL_AXIS_RULES, *, name: str =
         if axis not in rules:
             raise ConfigError(name, f"has the logical axis {axis!r}, which no rule maps.{closest(axis, rules)}")
         target = rules[axis]
-        for mesh_axis in _targets(target):
+        for mesh_axis in targets(target):
             if mesh_axis in taken:
                 raise ConfigError(
                     name,
@@ -96,7 +118,7 @@ def named_sharding(
         raise ConfigError(name, f"has {len(shape)} dimensions {shape} but {len(axes)} logical axes {axes}.")
     spec = partition_spec(axes, rules, name=name)
     for size, axis, target in zip(shape, axes, spec, strict=True):
-        mesh_axes = _targets(target)
+        mesh_axes = targets(target)
         shards = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         if size % shards:
             raise ConfigError(
@@ -108,7 +130,7 @@ def named_sharding(
 
 
 @contextlib.contextmanager
-def partitioned(mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> Iterator[None]:
+def partitioned(mesh: Mesh, rules: AxisRules = AXIS_RULES) -> Iterator[None]:
     """While a function is traced inside this block, :func:`constrain` refers to the mesh."""
     token = _active.set((mesh, rules))
     try:
@@ -135,7 +157,7 @@ def num_shards(axis: str) -> int:
     if active is None:
         return 1
     mesh, rules = active
-    return math.prod(mesh.shape[name] for name in _targets(rules[axis]))
+    return math.prod(mesh.shape[name] for name in targets(rules.used[axis]))
 
 
 def constrain(x: Array, axes: Axes) -> Array:
@@ -144,12 +166,12 @@ def constrain(x: Array, axes: Axes) -> Array:
     if active is None:
         return x
     mesh, rules = active
-    sharding = named_sharding(mesh, axes, x.shape, rules, name="an activation")
+    sharding = named_sharding(mesh, axes, x.shape, rules.used, name="an activation")
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def gather_parameter(x: Array, axes: Axes) -> Array:
-    """A parameter as a layer uses it: whole along ``fsdp``. Its gradient is dealt out again as the parameter lies.
+    """A parameter as a layer uses it: whole along ``fsdp``, or wherever else it lies in parts, as its gradient does.
 
     Outside :func:`partitioned`, and where it is whole already, it returns ``x`` as it is.
     """
@@ -157,8 +179,8 @@ def gather_parameter(x: Array, axes: Axes) -> Array:
     if active is None:
         return x
     mesh, rules = active
-    lies = named_sharding(mesh, axes, x.shape, {**rules, **_PARAMETER_AXES})
-    used = named_sharding(mesh, axes, x.shape, rules)
+    lies = named_sharding(mesh, axes, x.shape, rules.at_rest)
+    used = named_sharding(mesh, axes, x.shape, rules.used)
     return x if lies.is_equivalent_to(used, x.ndim) else _resharded(x, used, lies)
 
 
@@ -181,9 +203,16 @@ _resharded.defvjp(_resharded_forward, _resharded_backward)
 
 
 def gathers_parameters() -> bool:
-    """Whether what is being traced will run on devices that parameters are split over between their uses."""
+    """Whether what is being traced will run on devices that parameters are split over between their uses alone."""
     active = _active.get()
-    return active is not None and active[0].shape["fsdp"] > 1
+    if active is None:
+        return False
+    mesh, rules = active
+    at_rest, used = (
+        {(axis, name) for axis, target in table.items() for name in targets(target) if mesh.shape[name] > 1}
+        for table in (rules.at_rest, rules.used)
+    )
+    return at_rest != used
 
 
 def per_shard(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
@@ -201,10 +230,10 @@ def per_shard(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Call
     active = _active.get()
     if active is None or not is_partitioned():
         return function
-    mesh, rules = active
+    mesh, rules = active[0], active[1].used
 
     def on_a_shard(*args: Any) -> Any:
-        tokens = _active.set(None), _shard.set(active)
+        tokens = _active.set(None), _shard.set((mesh, rules))
         try:
             return function(*args)
         finally:
@@ -283,9 +312,9 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
     if shard is None:
         return ()
     mesh, rules = shard
-    return tuple(name for name in _targets(rules[axis]) if mesh.shape[name] > 1)
+    return tuple(name for name in targets(rules[axis]) if mesh.shape[name] > 1)
 
 
-def _targets(target: Target) -> tuple[str, ...]:
+def targets(target: Target) -> tuple[str, ...]:
     """The mesh axes of a rule."""
     return (target,) if isinstance(target, str) else tuple(target or ())

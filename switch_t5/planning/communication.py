@@ -17,13 +17,14 @@ gradients in the dtype of activations, in which they are computed; XLA's CPU bac
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 
 from switch_t5.partitioning.mesh import BATCH_AXES
 from switch_t5.planning.sizes import Block, SparseLayer, blocks
-from switch_t5.planning.workload import MeshShape, Workload, is_kernel, shard_bytes, sharded_over
+from switch_t5.planning.workload import MeshShape, Workload, is_kernel, shard_bytes
 
 FLOAT32 = 4
 
@@ -89,10 +90,8 @@ def _all(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer
     for block in blocks(workload, mesh):
         for layer in block.sparse_layers:
             yield from _exchanges(layer, block, workload, mesh)
-        if mesh.model > 1:
-            yield from _model_sums(block, workload, mesh, merged)
-    if mesh.model > 1:
-        yield from _vocabulary_sums(workload, mesh)
+        yield from _model_sums(block, workload, mesh, merged)
+    yield from _vocabulary_sums(workload, mesh)
 
 
 def _summed(size: int, axis: str, purpose: str, sent: float, minimum: float) -> Transfer:
@@ -106,14 +105,13 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
     narrow = _narrow(workload, merged)
     tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
     for kind, number, name in workload.params.kinds:
-        split = sharded_over(kind)
         one = shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
         times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/") * narrow
-        purpose = "gradients of experts" if "expert" in split else "gradients of dense layers"
+        purpose = "gradients of experts" if "expert" in kind.axes else "gradients of dense layers"
         sent, least = one * times * workload.microbatches, one * number
-        parts = mesh.fsdp if "fsdp" in split else 1
-        size, axis = _joined(mesh, {*BATCH_AXES} - (split - {"fsdp"}))
+        parts = mesh.along(kind.gathered_over & {*BATCH_AXES})
+        size, axis = _joined(mesh, {*BATCH_AXES} - set(itertools.chain(*kind.used)))
         if parts == 1:
             yield _summed(size, axis, purpose, sent, least)
             continue
@@ -133,11 +131,10 @@ def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tran
     passes = 2 if merged else 1
     narrow = _narrow(workload, merged)
     for kind, number, name in workload.params.kinds:
-        if "fsdp" in sharded_over(kind):
-            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
-            once = ring_bytes("all-gather", mesh.fsdp, whole)
-            once *= passes if kind.in_blocks else 1
-            yield Transfer("fsdp", "all-gather", "parameters", once * workload.microbatches, once)
+        parts, axis = _joined(mesh, kind.gathered_over)
+        whole = number * parts * shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
+        once = ring_bytes("all-gather", parts, whole) * (passes if kind.in_blocks else 1)
+        yield Transfer(axis, "all-gather", "parameters", once * workload.microbatches, once)
 
 
 def _narrow(workload: Workload, merged: bool) -> float:
@@ -157,7 +154,7 @@ def _position_biases(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
     for decoder, layers in ((False, config.num_encoder_layers), (True, config.num_decoder_layers)):
         distances = 2 * workload.length(decoder=decoder)
         times = workload.microbatches * (layers if config.relpos_per_layer else 1)
-        nbytes = times * config.num_heads / mesh.model * distances * FLOAT32
+        nbytes = times * config.num_heads / mesh.along(workload.split_over("heads")) * distances * FLOAT32
         yield _summed(*_joined(mesh, set(BATCH_AXES)), "gradients of position biases", nbytes, 0)
 
 
@@ -180,28 +177,28 @@ def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshS
 
 
 def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
-    """Partial sums of outputs, and of the gradients of inputs, of what is split over the model axis."""
+    """Partial sums of outputs, and of the gradients of inputs, of heads and hidden activations that are split."""
     row = workload.config.emb_dim * workload.itemsize
     stream, again = block.tokens * row, workload.forward_passes
 
-    def summed(purpose: str, sent: float, minimum: float) -> Transfer:
-        return _summed(mesh.model, "model", purpose, sent, minimum)
+    def summed(purpose: str, split: str, sent: float, minimum: float) -> Transfer:
+        return _summed(*_joined(mesh, set(workload.split_over(split))), purpose, sent, minimum)
 
     terms = 1 if merged else 3
     into = min(terms, block.dense_projections)
     outward = stream * block.dense_out
-    yield summed("attention", again * outward + into * stream, again * outward + stream * (into > 0))
+    yield summed("attention", "heads", again * outward + into * stream, again * outward + stream * (into > 0))
     if block.memory_tokens:
         # The encoder's output has a gradient from each layer's keys and values.
         layers, memory = workload.config.num_decoder_layers, block.memory_tokens * row
         terms_of_memory = min(terms, 2) / (1 if workload.config.scan_layers or not merged else layers)
         sent = (again + 1) * stream
-        yield summed("cross-attention", sent + terms_of_memory * memory, sent + memory / layers)
+        yield summed("cross-attention", "heads", sent + terms_of_memory * memory, sent + memory / layers)
     if block.feed_forward is None or block.feed_forward.moe.num_shared_experts:
         # A recomputation leaves out the last product of a dense feed-forward, and of no other.
         forward = 1 if block.feed_forward is None else again
         branches = min(terms, len(workload.config.mlp_activations))
-        yield summed("feed-forward", (forward + branches) * stream, (forward + 1) * stream)
+        yield summed("feed-forward", "mlp", (forward + branches) * stream, (forward + 1) * stream)
     for layer in block.sparse_layers:
         choices, rows, products, weights = layer.moe.router.experts_per_token, layer.slots, terms, 0.0
         if layer.moe.exchanges_by_itself:
@@ -210,18 +207,20 @@ def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool)
         outward = rows * layer.out * workload.itemsize * layer.sums_out
         inward = min(products, layer.products) * rows * layer.into * workload.itemsize + weights
         least = stream * choices * (again * layer.sums_out + (layer.products > 0))
-        yield summed("experts", again * outward + inward, least)
+        split = "expert_mlp" if layer is block.feed_forward else "heads"
+        yield summed("experts", split, again * outward + inward, least)
 
 
 def _vocabulary_sums(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
     """Rows of a split embedding, logarithms of sums over a split vocabulary, and the gradient of what met it."""
     emb, shards = workload.config.emb_dim, mesh.batch_shards
     embedded = workload.tokens / shards * emb * FLOAT32
-    yield _summed(mesh.model, "model", "embedding", embedded, embedded / FLOAT32 * workload.itemsize)
+    split = _joined(mesh, set(workload.split_over("vocab")))
+    yield _summed(*split, "embedding", embedded, embedded / FLOAT32 * workload.itemsize)
     targets = workload.batch * workload.decoder_length / shards
     # A maximum, a sum and the target's own logit, whose row of the output's kernel is gathered whole.
     sent = targets * (2 + 2 * emb) * FLOAT32
-    yield _summed(mesh.model, "model", "logits", sent, targets * (3 + emb) * FLOAT32)
+    yield _summed(*split, "logits", sent, targets * (3 + emb) * FLOAT32)
 
 
 def total_sent(found: list[Transfer]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 
 from switch_t5.planning.counts import ForwardFlops, forward_flops_by_kind
 from switch_t5.planning.workload import MeshShape, Workload
@@ -33,25 +34,34 @@ class StepFlops:
         return self.model / self.tokens
 
 
+_SPLIT = {
+    "attention": "heads",
+    "attention_experts": "heads",
+    "feed_forward": "mlp",
+    "experts": "expert_mlp",
+    "logits": "vocab",
+}
+"""The logical axis of each kind of product that devices share out, besides the batch; a router has none."""
+
+
 def step_flops(workload: Workload) -> StepFlops:
     """Counts a whole step."""
-    forward = _forward(workload)
-    return StepFlops(3 * forward.total, _recomputed(workload, forward), workload.tokens)
+    model = 3 * _forward(workload).total
+    return StepFlops(model, sum(_executed(workload).values()) - model, workload.tokens)
 
 
 def device_flops(workload: Workload, mesh: MeshShape) -> dict[str, float]:
     """Executed operations of one device in a step, by the dtype that is multiplied.
 
-    All are shared out evenly, but for the router's: every device routes its own tokens over all experts, and those
-    of one model partition do so alike.
+    Devices share out the batch, heads, hidden activations and the vocabulary, as the rules have it. What is not split
+    several devices compute alike, such as routers, of which each device routes its own tokens over all experts.
     """
-    forward = _forward(workload)
-    times = workload.forward_passes + 2
-    narrow = 3 * (forward.total - forward.router - forward.logits)
-    narrow += _recomputed(workload, forward) - forward.router * (times - 3)
-    rates = {"float32": 3 * forward.logits / mesh.size + times * forward.router / mesh.batch_shards}
-    rates[workload.config.dtype] = rates.get(workload.config.dtype, 0) + narrow / mesh.size
-    return rates
+    rates: dict[str, float] = defaultdict(float)
+    for kind, flops in _executed(workload).items():
+        dtype = "float32" if kind in ("router", "logits") else workload.config.dtype
+        shared_by = mesh.along(workload.split_over(_SPLIT[kind])) if kind in _SPLIT else 1
+        rates[dtype] += flops / mesh.batch_shards / shared_by
+    return dict(rates)
 
 
 def _forward(workload: Workload) -> ForwardFlops:
@@ -60,12 +70,15 @@ def _forward(workload: Workload) -> ForwardFlops:
     )
 
 
-def _recomputed(workload: Workload, forward: ForwardFlops) -> int:
+def _executed(workload: Workload) -> dict[str, int]:
+    """All that is multiplied in a step, by kind: three forward passes, and what is computed again."""
+    forward = _forward(workload)
+    times = {kind: 3 * getattr(forward, kind) for kind in (*_SPLIT, "router")}
     match workload.config.remat_policy:
-        case "none":
-            return 0
         case "minimal":
-            return forward.scores
+            times["attention"] += forward.scores
         case "full":
-            # A second forward pass of the blocks, without a dense feed-forward's last product, which nothing asks for.
-            return forward.total - forward.logits - forward.feed_forward_out
+            for kind in times.keys() - {"logits"}:
+                times[kind] += getattr(forward, kind)
+            times["feed_forward"] -= forward.feed_forward_out  # Nothing asks for a block's last product again.
+    return times

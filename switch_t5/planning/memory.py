@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from switch_t5.planning.sizes import Block, SparseLayer, blocks
-from switch_t5.planning.workload import Arrays, MeshShape, Workload, is_kernel, shard_bytes, sharded_over
+from switch_t5.planning.workload import Arrays, MeshShape, Workload, is_kernel, shard_bytes
 
 FLOAT32 = 4
 
@@ -75,7 +75,7 @@ def device_memory(workload: Workload, mesh: MeshShape) -> DeviceMemory:
         optimizer=workload.opt_state.shard_bytes(mesh),
         gradients=parameters * (1 if workload.microbatches == 1 else 2),
         activations=math.ceil(activations),
-        logits=math.ceil(2 * rows * workload.config.vocab_size / mesh.model * FLOAT32),
+        logits=math.ceil(2 * rows * workload.config.vocab_size / mesh.along(workload.split_over("vocab")) * FLOAT32),
         dispatch_buffers=math.ceil(buffers),
         gathered=math.ceil(_gathered(workload, mesh)),
         cast=_cast(workload, mesh),
@@ -83,22 +83,23 @@ def device_memory(workload: Workload, mesh: MeshShape) -> DeviceMemory:
 
 
 def _cast(workload: Workload, mesh: MeshShape) -> int:
-    if not workload.config.scan_layers or workload.itemsize == FLOAT32 or mesh.fsdp > 1:
+    if not workload.config.scan_layers or workload.itemsize == FLOAT32:
         return 0
-    kernels = [one for one in workload.params.kinds if one[0].in_blocks and is_kernel(one[0])]
-    return sum(shard_bytes(kind, mesh, name) // FLOAT32 * workload.itemsize * number for kind, number, name in kernels)
+    return sum(
+        shard_bytes(kind, mesh, name) // FLOAT32 * workload.itemsize * number
+        for kind, number, name in workload.params.kinds
+        if kind.in_blocks and is_kernel(kind) and kind.gathered(mesh) == 1
+    )
 
 
 def _gathered(workload: Workload, mesh: MeshShape) -> float:
-    if mesh.fsdp == 1:
-        return 0.0
     sparse = [bool(block.sparse_layers) for block in blocks(workload, mesh)]
     total = 0.0
     for kind, number, name in workload.params.kinds:
-        split = sharded_over(kind)
-        if "fsdp" in split:
-            whole = number * mesh.fsdp * shard_bytes(kind, mesh, name)
-            total += 2 * whole / ((sum(sparse) if "expert" in split else len(sparse)) if kind.in_blocks else 1)
+        parts = kind.gathered(mesh)
+        if parts > 1:
+            whole = number * parts * shard_bytes(kind, mesh, name)
+            total += 2 * whole / ((sum(sparse) if "expert" in kind.axes else len(sparse)) if kind.in_blocks else 1)
     return total
 
 
@@ -143,7 +144,7 @@ def _activations(workload: Workload, mesh: MeshShape) -> tuple[float, float]:
 def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
     """Bytes that a block's backward pass reads, dispatch buffers left out."""
     config, item = workload.config, workload.itemsize
-    emb, heads = config.emb_dim, config.num_heads / mesh.model
+    emb, heads = config.emb_dim, config.num_heads / mesh.along(workload.split_over("heads"))
     width = heads * config.head_dim
     norms = 3 if block.memory_tokens else 2
     # Each norm's input and output; queries and what attention gives; keys and values; weights and their sums.
@@ -154,7 +155,7 @@ def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
         entries += (2 * block.tokens + 2 * block.memory_tokens) * width * item
         entries += block.tokens * heads * (block.memory_length * item + FLOAT32)
     branches = len(config.mlp_activations)
-    hidden = config.mlp_dim / mesh.model * (branches + (branches > 1))
+    hidden = config.mlp_dim / mesh.along(workload.split_over("mlp")) * (branches + (branches > 1))
     if block.feed_forward is None:
         entries += block.tokens * hidden * item
     else:
@@ -165,16 +166,17 @@ def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
 def _kept_of_products(block: Block, workload: Workload, mesh: MeshShape) -> float:
     """Bytes that are kept of a block where all that is cheap is computed again, dispatch buffers left out."""
     config, item = workload.config, workload.itemsize
-    width = config.num_heads / mesh.model * config.head_dim
+    width = config.num_heads / mesh.along(workload.split_over("heads")) * config.head_dim
     # The residual stream before each part of the block; queries, keys, values and what attention gives.
     entries = (3 if block.memory_tokens else 2) * block.tokens * config.emb_dim + block.tokens * 4 * width
     entries += 2 * (block.tokens + block.memory_tokens) * width if block.memory_tokens else 0
-    is_dense = block.feed_forward is None
-    shared = 1 if is_dense else block.feed_forward.moe.num_shared_experts
+    sparse = block.feed_forward
+    shared = 1 if sparse is None else sparse.moe.num_shared_experts
     branches = len(config.mlp_activations)
-    entries += block.tokens * shared * branches * config.mlp_dim / mesh.model
-    if not is_dense:
-        entries += block.feed_forward.slots * branches * config.mlp_dim / mesh.model
+    entries += block.tokens * shared * branches * config.mlp_dim / mesh.along(workload.split_over("mlp"))
+    if sparse is not None:
+        hidden = branches * config.mlp_dim / mesh.along(workload.split_over("expert_mlp"))
+        entries += sparse.slots * hidden
     return entries * item + sum(block.tokens * layer.moe.num_experts * FLOAT32 for layer in block.sparse_layers)
 
 

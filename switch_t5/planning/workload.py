@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import AbstractMesh
 from switch_t5.layers.rematerialization import RematPolicy
 from switch_t5.model.config import TransformerConfig
 from switch_t5.partitioning.mesh import MESH_AXES
-from switch_t5.partitioning.rules import PARAMETER_AXIS_RULES, named_sharding, partition_spec
+from switch_t5.partitioning.rules import AXIS_RULES, AxisRules, named_sharding, partition_spec, targets
 from switch_t5.types import Axes
 
 
@@ -36,6 +38,10 @@ class MeshShape(NamedTuple):
         """Parts that a batch is split into."""
         return self.data * self.fsdp * self.expert
 
+    def along(self, axes: Iterable[str]) -> int:
+        """Devices along some axes together."""
+        return math.prod(getattr(self, axis) for axis in axes)
+
     def axes(self) -> dict[str, int]:
         """Devices along each axis, in the order in which a mesh numbers them."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -49,12 +55,26 @@ class MeshShape(NamedTuple):
 
 
 class ArrayKind(NamedTuple):
-    """Arrays of one shape, dtype and axes, in the blocks of a stack or outside."""
+    """Arrays of one shape, dtype and axes, in the blocks of a stack or outside.
+
+    ``split`` and ``used`` are the mesh axes that each dim is split over, between uses and where it is used.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: Axes
+    split: tuple[tuple[str, ...], ...]
+    used: tuple[tuple[str, ...], ...]
     in_blocks: bool
+
+    @property
+    def gathered_over(self) -> set[str]:
+        """The mesh axes that it is made whole along before it is used."""
+        return set(itertools.chain(*self.split)) - set(itertools.chain(*self.used))
+
+    def gathered(self, mesh: MeshShape) -> int:
+        """Parts that are gathered; 1 where it lies as it is used."""
+        return mesh.along(self.gathered_over)
 
     @property
     def nbytes(self) -> int:
@@ -69,14 +89,25 @@ class Arrays:
     kinds: tuple[tuple[ArrayKind, int, str], ...]
 
     @classmethod
-    def of(cls, tree: Any, axes: Any) -> Arrays:
-        """Args: a tree of arrays or shapes, and one shaped alike with a tuple of logical axes for each."""
+    def of(cls, tree: Any, axes: Any, rules: AxisRules = AXIS_RULES) -> Arrays:
+        """Counts the arrays of a tree.
+
+        Args:
+          tree: arrays or shapes.
+          axes: the same tree with a tuple of logical axes for each.
+          rules: what these are split over.
+        """
         counts: Counter[ArrayKind] = Counter()
         names: dict[ArrayKind, str] = {}
 
         def count(path: jax.tree_util.KeyPath, leaf: Any, leaf_axes: Axes) -> None:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            kind = ArrayKind(tuple(leaf.shape), np.dtype(leaf.dtype), tuple(leaf_axes), "blocks" in name.split("/"))
+            split, used = (
+                tuple(targets(target) for target in partition_spec(leaf_axes, table, name=name))
+                for table in (rules.at_rest, rules.used)
+            )
+            in_blocks = "blocks" in name.split("/")
+            kind = ArrayKind(tuple(leaf.shape), np.dtype(leaf.dtype), tuple(leaf_axes), split, used, in_blocks)
             counts[kind] += 1
             names.setdefault(kind, name)
 
@@ -104,16 +135,9 @@ def shard_bytes(kind: ArrayKind, mesh: MeshShape, name: str = "array") -> int:
       ConfigError: it cannot be sharded so.
     """
     devices: Any = mesh.abstract()
-    sharding = named_sharding(devices, kind.axes, kind.shape, PARAMETER_AXIS_RULES, name=name)
+    rules = {axis: split for axis, split in zip(kind.axes, kind.split, strict=True) if axis is not None}
+    sharding = named_sharding(devices, kind.axes, kind.shape, rules, name=name)
     return math.prod(sharding.shard_shape(kind.shape)) * kind.dtype.itemsize
-
-
-def sharded_over(kind: ArrayKind) -> set[str]:
-    """The mesh axes that a parameter is split over."""
-    found: set[str] = set()
-    for target in partition_spec(kind.axes, PARAMETER_AXIS_RULES):
-        found |= {target} if isinstance(target, str) else set(target or ())
-    return found
 
 
 def is_kernel(kind: ArrayKind) -> bool:
@@ -133,6 +157,7 @@ class Workload:
       params: the parameters.
       opt_state: the optimizer's arrays.
       microbatches: equal parts of a batch that are computed one after the other.
+      rules: what logical axes are split over.
     """
 
     config: TransformerConfig
@@ -142,11 +167,16 @@ class Workload:
     params: Arrays
     opt_state: Arrays
     microbatches: int = 1
+    rules: AxisRules = AXIS_RULES
 
     @property
     def tokens(self) -> int:
         """Tokens of a step, the decoder's too."""
         return self.batch * (self.encoder_length + self.decoder_length)
+
+    def split_over(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes that a logical axis of activations is split over."""
+        return targets(self.rules.used[axis])
 
     def length(self, *, decoder: bool) -> int:
         """Tokens in a sequence of one stack."""

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from switch_t5.errors import ConfigError
 from switch_t5.partitioning import mesh as mesh_module
 from switch_t5.partitioning.mesh import MeshConfig, batch_shards, make_mesh
+from switch_t5.partitioning.rules import AXIS_RULES, partition_spec
 
 pytestmark = pytest.mark.multidevice
 
@@ -36,6 +38,31 @@ def test_what_the_other_axes_leave_is_data_parallel(
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert", "model"), shape, strict=True))
     assert batch_shards(mesh) == shards
     assert len(set(mesh.devices.flat)) == mesh.size
+
+
+def test_rules_are_changed_by_name() -> None:
+    rules = MeshConfig(logical_axis_rules={"vocab": None}, parameter_axis_rules={"embed": ["fsdp", "data"]}).axis_rules
+    assert partition_spec(("vocab", "embed"), rules.used) == PartitionSpec((), None)
+    assert partition_spec(("vocab", "embed"), rules.at_rest) == PartitionSpec((), ("fsdp", "data"))
+    assert partition_spec(("embed", "mlp"), rules.at_rest) == PartitionSpec(("fsdp", "data"), "model")
+    assert MeshConfig().axis_rules == AXIS_RULES
+
+
+@pytest.mark.parametrize(
+    ("axis", "target", "sentence"),
+    [
+        ("vocabulary", None, "has a rule for 'vocabulary', which is no logical axis. Did you mean 'vocab'?"),
+        ("mlp", "modle", "splits 'mlp' over 'modle', which is no mesh axis. Did you mean 'model'?"),
+        ("mlp", 2, "splits 'mlp' over 2, which is no mesh axis. Give some of data, fsdp, expert, model, or None."),
+        ("embed", ["fsdp", "fsdp"], "splits 'embed' over a mesh axis twice: ['fsdp', 'fsdp']."),
+        ("expert", "model", "has a rule for 'expert', which follows from the partitions: set num_expert_partitions"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(axis: str, target: Any, sentence: str) -> None:
+    for field in ("logical_axis_rules", "parameter_axis_rules"):
+        with pytest.raises(ConfigError) as caught:
+            MeshConfig(**{field: {axis: target}})
+        assert str(caught.value).startswith(f"MeshConfig.{field} {sentence}")
 
 
 def test_a_mesh_takes_the_first_devices() -> None:

@@ -50,6 +50,12 @@ MESHES = {
     "data 4, expert 2": MeshConfig(num_expert_partitions=2),
     "fsdp 8": MeshConfig(num_fsdp_partitions=8),
     "fsdp 2, expert 2, model 2": MeshConfig(num_fsdp_partitions=2, num_expert_partitions=2, num_model_partitions=2),
+    "data 2, fsdp 2, model 2, other rules": MeshConfig(
+        num_fsdp_partitions=2,
+        num_model_partitions=2,
+        logical_axis_rules={"heads": None, "kv": "model", "vocab": None},
+        parameter_axis_rules={"embed": ["fsdp", "data"], "vocab": "model"},
+    ),
 }
 
 
@@ -64,15 +70,15 @@ def batch(step: int) -> dict[str, np.ndarray]:
 @functools.cache
 def run(mesh_config: MeshConfig, config: TransformerConfig = CONFIG) -> tuple[list[Any], Any]:
     """The metrics of a few steps, and the parameters after them."""
-    mesh, model = make_mesh(mesh_config), Model(config)
+    mesh, rules, model = make_mesh(mesh_config), mesh_config.axis_rules, Model(config)
     # Its updates are the gradients' size, which Adafactor would hide.
     optimizer = sgd(0.5)(model.axes)
     params = random_params(model)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     shardings = TrainState(
         NamedSharding(mesh, PartitionSpec()),
-        tree_shardings(mesh, params, model.axes),
-        tree_shardings(mesh, state.opt_state, state_axes(state.opt_state, params, model.axes)),
+        tree_shardings(mesh, params, model.axes, rules.at_rest),
+        tree_shardings(mesh, state.opt_state, state_axes(state.opt_state, params, model.axes), rules.at_rest),
     )
     state = jax.device_put(state, shardings)
     step_function = jax.jit(
@@ -81,7 +87,7 @@ def run(mesh_config: MeshConfig, config: TransformerConfig = CONFIG) -> tuple[li
     )
     history = []
     for step in range(STEPS):
-        with partitioned(mesh):
+        with partitioned(mesh, rules):
             state, metrics = step_function(state, place_batch(batch(step), mesh))
         history.append(jax.device_get(metrics))
     return history, jax.device_get(state.params)

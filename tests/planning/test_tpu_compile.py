@@ -28,7 +28,7 @@ DENSE = [
     "--gin.TransformerConfig.moe=None",
     f"--gin.TransformerConfig.emb_dim={EMB}",
     f"--gin.TransformerConfig.mlp_dim={MLP}",
-    "--gin.TransformerConfig.remat_policy=full",
+    '--gin.TransformerConfig.remat_policy="full"',
     "--mesh=1x1x1x8",
 ]
 
