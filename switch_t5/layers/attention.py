@@ -12,7 +12,7 @@ from switch_t5.layers.dropout import dropout
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.parameter import parameter
 from switch_t5.layers.rematerialization import kept
-from switch_t5.partitioning.rules import constrain
+from switch_t5.partitioning.rules import constrain, num_shards
 from switch_t5.types import Array
 
 Projection = Literal["query", "key", "value", "out"]
@@ -72,7 +72,8 @@ class Attention(nnx.Module):
 
         Args:
           queries: ``[batch, query length, embed]``.
-          memory: ``[batch, key length, embed]``; the queries themselves in self-attention.
+          memory: ``[batch, key length, embed]``, or of :func:`for_each_part_of_heads`; the queries themselves in
+            self-attention.
           mask: ``[batch, 1, query length, key length]`` float32, of :func:`mask_bias`.
           positions: ``[batch shards, heads, query length, key length]`` float32; None in cross-attention.
           dropout_rate: of the attention probabilities.
@@ -113,8 +114,27 @@ def projection_kernel(
 
 
 def into_heads(x: Array, kernel: nnx.Param) -> Array:
-    """``[B, L, D]`` to ``[B, H, L, K]``."""
-    return kept(constrain(jnp.einsum("bld,dhk->bhlk", x, kernel[...].astype(x.dtype)), HEADS_AXES))
+    """``[B, L, D]``, or what :func:`for_each_part_of_heads` makes of it, to ``[B, H, L, K]``."""
+    matrix = kernel[...].astype(x.dtype)
+    if x.ndim == 3:
+        heads = jnp.einsum("bld,dhk->bhlk", x, matrix)
+    else:
+        parts = matrix.reshape(matrix.shape[0], len(x), -1, matrix.shape[-1])
+        heads = jnp.einsum("pbld,dphk->bphlk", x, parts)
+        heads = heads.reshape(heads.shape[0], -1, *heads.shape[3:])
+    return kept(constrain(heads, HEADS_AXES))
+
+
+def for_each_part_of_heads(x: Array) -> Array:
+    """``[B, L, D]`` to ``[parts of heads, B, L, D]``: a copy for each device that heads are split over, if any are.
+
+    Where many layers read ``x``, gradients of copies add up where they are, and are summed over devices once for all
+    layers. Of one array they would be summed for each of its uses.
+    """
+    parts = num_shards("heads")
+    if parts == 1:
+        return x
+    return constrain(jnp.broadcast_to(x, (parts, *x.shape)), ("heads", "batch", "length", None))
 
 
 def out_of_heads(context: Array, kernel: nnx.Param) -> Array:

@@ -47,10 +47,11 @@ def rematerialized(function: Callable[..., Any], remat_policy: RematPolicy, para
 
 
 def _all_but_kernels(params: Any) -> Callable[..., bool]:
-    """What is kept for the backward pass: all but gathered parameters and their casts, which are made again."""
+    """What is kept for the backward pass: all but gathered parameters as they are multiplied, which are made again."""
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    made_of_one = ("sharding_constraint", "convert_element_type", "reshape")
 
     def is_kept(primitive: Primitive, *inputs: ShapedArray, **_: Any) -> bool:
-        return primitive.name not in ("sharding_constraint", "convert_element_type") or inputs[0].shape not in shapes
+        return primitive.name not in made_of_one or inputs[0].shape not in shapes
 
     return is_kept

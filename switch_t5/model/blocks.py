@@ -43,7 +43,8 @@ class BlockInputs:
       self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see.
       positions: ``[batch shards, heads, length, length]`` float32, the relative position bias; None where
         each block has one.
-      encoded: ``[batch, encoder length, embed]``, the encoder's output; None in the encoder.
+      encoded: ``[batch, encoder length, embed]``, the encoder's output, or a copy for each part of the heads; None in
+        the encoder.
       cross_mask: ``[batch, 1, length, encoder length]`` float32; None in the encoder.
       sequences: sequences in a routing group.
       train: chooses the experts' capacity.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_t5.layers.attention import mask_bias
+from switch_t5.layers.attention import for_each_part_of_heads, mask_bias
 from switch_t5.layers.dropout import dropout, split_rng
 from switch_t5.layers.embedding import Embedding, LogitsDense
 from switch_t5.layers.normalization import RMSNorm
@@ -127,7 +127,7 @@ class SwitchTransformer(nnx.Module):
             mask,
             self_mask,
             None,
-            encoded,
+            for_each_part_of_heads(encoded),
             cross_mask,
             self.config.sequences_per_group(encoder_tokens.shape[1]),
             train,

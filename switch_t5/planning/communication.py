@@ -28,8 +28,9 @@ from switch_t5.planning.workload import MeshShape, Workload, is_kernel, shard_by
 
 FLOAT32 = 4
 
-_VOCABULARY_USES = 3
-"""Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's."""
+_VOCABULARY_GRADIENTS = {False: 3, True: 2}
+"""Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's; compilers that
+add first sum both look-ups' as one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,11 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
     narrow = _narrow(workload, merged)
     tables = sum(number for kind, number, _ in workload.params.kinds if "vocab" in kind.axes)
     for kind, number, name in workload.params.kinds:
+        if "relpos_buckets" in kind.axes:
+            continue
         one = shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
-        times = number + (_VOCABULARY_USES - tables) * name.startswith("embedding/") * narrow
+        times = number + (_VOCABULARY_GRADIENTS[merged] - tables) * name.startswith("embedding/")
         purpose = "gradients of experts" if "expert" in kind.axes else "gradients of dense layers"
         sent, least = one * times * workload.microbatches, one * number
         parts = mesh.along(kind.gathered_over & {*BATCH_AXES})
@@ -127,13 +130,11 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
 
 def _gathers(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Transfer]:
     """Parameters that lie in parts, made whole: of blocks in each pass, others once."""
-    # XLA's CPU backend gathers once for both passes, as its HLO shows.
-    passes = 2 if merged else 1
     narrow = _narrow(workload, merged)
     for kind, number, name in workload.params.kinds:
         parts, axis = _joined(mesh, kind.gathered_over)
         whole = number * parts * shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
-        once = ring_bytes("all-gather", parts, whole) * (passes if kind.in_blocks else 1)
+        once = ring_bytes("all-gather", parts, whole) * (2 if kind.in_blocks else 1)
         yield Transfer(axis, "all-gather", "parameters", once * workload.microbatches, once)
 
 
@@ -149,13 +150,14 @@ def _joined(mesh: MeshShape, axes: set[str]) -> tuple[int, str]:
 
 
 def _position_biases(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
-    """Gradients ``[heads, distances]`` of position biases, on their way to buckets' once for all layers."""
+    """Gradients of position biases, which are summed by distance, ``[heads, distances]``, on their way to buckets."""
     config = workload.config
     for decoder, layers in ((False, config.num_encoder_layers), (True, config.num_decoder_layers)):
-        distances = 2 * workload.length(decoder=decoder)
-        times = workload.microbatches * (layers if config.relpos_per_layer else 1)
-        nbytes = times * config.num_heads / mesh.along(workload.split_over("heads")) * distances * FLOAT32
-        yield _summed(*_joined(mesh, set(BATCH_AXES)), "gradients of position biases", nbytes, 0)
+        tables = layers if config.relpos_per_layer else 1
+        column = tables * config.num_heads / mesh.along(workload.split_over("heads")) * FLOAT32
+        sent = 2 * workload.length(decoder=decoder) * column * workload.microbatches
+        least = min(sent, config.relpos_num_buckets * column)
+        yield _summed(*_joined(mesh, set(BATCH_AXES)), "gradients of position biases", sent, least)
 
 
 def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
@@ -189,11 +191,10 @@ def _model_sums(block: Block, workload: Workload, mesh: MeshShape, merged: bool)
     outward = stream * block.dense_out
     yield summed("attention", "heads", again * outward + into * stream, again * outward + stream * (into > 0))
     if block.memory_tokens:
-        # The encoder's output has a gradient from each layer's keys and values.
-        layers, memory = workload.config.num_decoder_layers, block.memory_tokens * row
-        terms_of_memory = min(terms, 2) / (1 if workload.config.scan_layers or not merged else layers)
-        sent = (again + 1) * stream
-        yield summed("cross-attention", "heads", sent + terms_of_memory * memory, sent + memory / layers)
+        # The encoder's output has one gradient of all layers, of which this is a layer's part.
+        memory = block.memory_tokens * row / workload.config.num_decoder_layers
+        sent = (again + 1) * stream + memory
+        yield summed("cross-attention", "heads", sent, sent)
     if block.feed_forward is None or block.feed_forward.moe.num_shared_experts:
         # A recomputation leaves out the last product of a dense feed-forward, and of no other.
         forward = 1 if block.feed_forward is None else again

@@ -74,6 +74,7 @@ def test_kernels_that_lie_in_parts_are_not_kept_whole(remat_policy: RematPolicy)
     params = Model(config).abstract_params
     kernels = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 2 and leaf.shape[0] == PERIODS}
     assert len(kernels) > 4
+    kernels.add((PERIODS, 16, 2, 1, 6))  # As cross-attention multiplies what is copied for two parts of the heads.
 
     def kept(mesh_config: MeshConfig) -> set[tuple[int, ...]]:
         scans = [one for one in equations(gradient(config, mesh_config)) if one.primitive.name == "scan"]
@@ -81,4 +82,4 @@ def test_kernels_that_lie_in_parts_are_not_kept_whole(remat_policy: RematPolicy)
         assert len(forward) == 2
         return {variable.aval.shape for scan in forward for variable in scan.outvars}
 
-    assert not kernels & kept(MeshConfig(num_fsdp_partitions=4, num_expert_partitions=2))
+    assert not kernels & kept(MeshConfig(num_fsdp_partitions=2, num_expert_partitions=2, num_model_partitions=2))
