@@ -29,8 +29,8 @@ from switch_t5.planning.workload import MeshShape, Workload, is_kernel, shard_by
 FLOAT32 = 4
 
 _VOCABULARY_GRADIENTS = {False: 3, True: 2}
-"""Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's; compilers that
-add first sum both look-ups' as one."""
+"""Of matrices with a row for each entry of the vocabulary: the encoder's, the decoder's and the output's; compilers
+that add first sum both look-ups' as one."""
 
 
 @dataclasses.dataclass(frozen=True)
