@@ -28,6 +28,8 @@ AXES = ("expert", "data", "fsdp")
 LENGTHS = {"inputs": 512, "targets": 128}
 SEQUENCES = 8
 """Of a device: one routing group."""
+EMB = 512
+"""Which the most devices along ``fsdp`` divide."""
 EXPERTS = 2
 """Of a device along ``expert``, and of the whole model along the other axes times eight."""
 
@@ -95,6 +97,7 @@ def measure(axis: str, devices: int, bindings: list[str]) -> dict[str, Any]:
     sizes += [f"MoEConfig.group_size={SEQUENCES * LENGTHS['inputs']}", "MoEConfig.min_expert_capacity=1"]
     sizes += ["TransformerConfig.dtype=float32", "TransformerConfig.scan_layers=True"]
     sizes += ["TransformerConfig.num_encoder_layers=4", "TransformerConfig.num_decoder_layers=4"]
+    sizes += [f"TransformerConfig.emb_dim={EMB}"]
     arguments = argparse.Namespace(gin_file=MODEL, gin_search_paths=(), gin_bindings=[*sizes, *bindings])
     spec = RunSpec.read(load(arguments))
     workload, _ = workload_of(spec)
