@@ -65,7 +65,7 @@ class MeshConfig:
 def _check_rule(parameter: str, axis: str, target: Any) -> None:
     """Raises ConfigError where a rule names what is not there, or cannot be."""
     if axis not in LOGICAL_AXIS_RULES:
-        near = closest(axis, LOGICAL_AXIS_RULES) or f" There are {', '.join(LOGICAL_AXIS_RULES)}."
+        near = closest(str(axis), LOGICAL_AXIS_RULES) or f" There are {', '.join(LOGICAL_AXIS_RULES)}."
         raise ConfigError(parameter, f"has a rule for {axis!r}, which is no logical axis.{near}")
     if axis in _BATCH_RULES:
         raise ConfigError(

@@ -52,13 +52,14 @@ def test_rules_are_changed_by_name() -> None:
     ("axis", "target", "sentence"),
     [
         ("vocabulary", None, "has a rule for 'vocabulary', which is no logical axis. Did you mean 'vocab'?"),
+        (3, "model", "has a rule for 3, which is no logical axis. There are batch, expert_batch, length"),
         ("mlp", "modle", "splits 'mlp' over 'modle', which is no mesh axis. Did you mean 'model'?"),
         ("mlp", 2, "splits 'mlp' over 2, which is no mesh axis. Give some of data, fsdp, expert, model, or None."),
         ("embed", ["fsdp", "fsdp"], "splits 'embed' over a mesh axis twice: ['fsdp', 'fsdp']."),
         ("expert", "model", "has a rule for 'expert', which follows from the partitions: set num_expert_partitions"),
     ],
 )
-def test_rules_that_cannot_be_are_refused(axis: str, target: Any, sentence: str) -> None:
+def test_rules_that_cannot_be_are_refused(axis: Any, target: Any, sentence: str) -> None:
     for field in ("logical_axis_rules", "parameter_axis_rules"):
         with pytest.raises(ConfigError) as caught:
             MeshConfig(**{field: {axis: target}})
