@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.partitioning.rules import AxisRules
 from switch_t5.planning.communication import Transfer, ring_bytes, total_sent, transfers
 from switch_t5.planning.workload import MeshShape
 from tests.planning.workloads import BATCH, INPUTS, TARGETS, small_config, workload_of
@@ -94,6 +95,13 @@ def test_parts_of_which_others_have_terms_are_summed_whole_and_could_be_dealt_ou
     assert experts.sent == ring_bytes("all-reduce", 4, kernels)
     dealt_out = ring_bytes("reduce-scatter", 2, kernels) + ring_bytes("all-reduce", 2, kernels / 2)
     assert experts.minimum == dealt_out < experts.sent
+
+
+def test_what_the_rules_leave_whole_is_not_summed():
+    mesh = MeshShape(4, 1, 2)
+    rules = AxisRules.changed({"vocab": None, "heads": None}, {})
+    found = {one.purpose for one in transfers(workload_of(small_config(), rules=rules), mesh, merged=True)}
+    assert set(by_purpose(mesh, merged=True)) - found == {"attention", "cross-attention", "embedding", "logits"}
 
 
 def test_position_biases_are_summed_once_for_all_layers_by_distance():

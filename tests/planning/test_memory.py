@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from switch_t5.errors import ConfigError
+from switch_t5.partitioning.rules import AXIS_RULES, AxisRules
 from switch_t5.planning.counts import parameter_count
 from switch_t5.planning.memory import DeviceMemory, device_memory, host_memory
 from switch_t5.planning.workload import MeshShape
@@ -51,6 +52,28 @@ def test_fsdp_leaves_a_part_of_parameters_state_and_gradients_and_gathers_a_bloc
     experts = 4 * 2 * 16 * 32 * 4
     routers, dense = 2 * 16 * 4 * 4, whole.parameters - biases - ends - 2 * experts - 2 * 16 * 4 * 4
     assert parts.gathered == 2 * (ends + experts + (dense + routers) / 4)
+
+
+def test_parameters_lie_as_the_rules_of_a_run_say():
+    rules = AxisRules.changed({}, {"embed": ("fsdp", "data")})
+    plain, spread = (workload_of(small_config(), rules=one) for one in (AXIS_RULES, rules))
+    along_fsdp, along_data = (
+        device_memory(workload, mesh)
+        for workload, mesh in ((plain, MeshShape(1, 1, 1, 8)), (spread, MeshShape(8, 1, 1)))
+    )
+    assert along_data == along_fsdp
+
+
+def test_scanned_kernels_are_cast_before_the_loop_unless_they_are_gathered_in_it():
+    config = small_config(dtype="bfloat16", scan_layers=True)
+    mesh = MeshShape(2, 4, 1)
+    heads, hidden = 16 * 2 * 8, 16 * 32
+    # Of two layers a stack: four projections, of the decoder eight; a dense feed-forward and a fourth of four experts.
+    kernels = 2 * 4 * heads + 2 * 8 * heads + 2 * (2 * hidden + 2 * hidden)
+    assert device_memory(workload_of(config), mesh).cast == 2 * kernels
+    assert device_memory(workload_of(config), MeshShape(1, 4, 1, 2)).cast == 0
+    for changes in ({"scan_layers": False}, {"dtype": "float32"}):
+        assert device_memory(workload_of(dataclasses.replace(config, **changes)), mesh).cast == 0
 
 
 def test_adafactors_factors_are_split_as_what_is_left_of_a_parameters_axes():

@@ -9,6 +9,7 @@ import jax
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
+from switch_t5.partitioning.rules import AXIS_RULES, AxisRules
 from switch_t5.planning.workload import Arrays, Workload
 from switch_t5.training.optimizers import adafactor, state_axes
 
@@ -29,7 +30,9 @@ def small_config(**changes: Any) -> TransformerConfig:
     return TransformerConfig(**(sizes | changes))
 
 
-def workload_of(config: TransformerConfig, *, microbatches: int = 1, batch: int = BATCH) -> Workload:
+def workload_of(
+    config: TransformerConfig, *, microbatches: int = 1, batch: int = BATCH, rules: AxisRules = AXIS_RULES
+) -> Workload:
     model = Model(config)
     opt_state = jax.eval_shape(adafactor(1e-2)(model.axes).init, model.abstract_params)
     return Workload(
@@ -37,7 +40,8 @@ def workload_of(config: TransformerConfig, *, microbatches: int = 1, batch: int 
         batch,
         INPUTS,
         TARGETS,
-        Arrays.of(model.abstract_params, model.axes),
-        Arrays.of(opt_state, state_axes(opt_state, model.abstract_params, model.axes)),
+        Arrays.of(model.abstract_params, model.axes, rules),
+        Arrays.of(opt_state, state_axes(opt_state, model.abstract_params, model.axes), rules),
         microbatches,
+        rules,
     )
