@@ -46,8 +46,8 @@ class Chip:
 # have several of them hold four chips.
 _TPUS = (
     # docs.cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB, 1200 GB/s, 4096 chips. Links: Jouppi et al. 2023 (arXiv
-    # 2304.01433), table 4: six of 50 GB/s. The page's 24 TB/s over the bisection of 16x16x16 chips, which 512 links cross,
-    # would be 47 GB/s.
+    # 2304.01433), table 4: six of 50 GB/s. The page's 24 TB/s over the bisection of 16x16x16 chips, which 512
+    # links cross, would be 47 GB/s.
     Chip("v4", 32 * 2**30, 1.2e12, {"bfloat16": 275e12, "float32": 275e12}, 300e9, 3, 4, largest=4096),
     # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 400 GB/s both ways together, 256 chips.
     Chip("v5e", 16 * 10**9, 819e9, {"bfloat16": 197e12, "float32": 197e12}, 200e9, 2, 4, largest=256),
