@@ -118,7 +118,7 @@ class SparseLayer(nnx.Module):
         routing, stats = self.route(x, real, tokens, train=train, keys=keys)
         assignment = kept(routing.assignment)
         if not isinstance(assignment, Assignment):
-            combined = self._apply_to_choices(x, assignment, keys.experts, train=train)
+            combined = kept(self._apply_to_choices(x, assignment, keys.experts, train=train))
         elif self._leaves_out_empty_slots():
             combined = self._apply_to_filled_slots(x, assignment, keys.experts)
         else:
@@ -230,7 +230,8 @@ class SparseLayer(nnx.Module):
         graph, params = nnx.split(self.experts)
 
         def on_a_shard(params: nnx.State, x: Array, expert: Array, weight: Array, rng: Array | None) -> Array:
-            x, expert, weight = (kept(gather_shards(value, "expert")) for value in (x, expert, weight))
+            x, expert, weight = (gather_shards(value, "expert") for value in (x, expert, weight))
+            expert, weight = kept((expert, weight))
             mine = self.config.num_experts // shard_count("expert")
             order = sort_by_expert(expert.reshape(-1, expert.shape[-1]) - shard_index("expert") * mine, mine)
             # A choice's number in the batch, which is the same on every mesh.
@@ -249,15 +250,16 @@ class SparseLayer(nnx.Module):
     ) -> Array:
         """``[G, S, D]`` and weights ``[G, S, K]`` to ``[G, S, out]``, through rows sorted by expert."""
         groups, size, emb_dim = x.shape
+        order = kept(order)
         outputs = experts(
-            dispatch_rows(x.reshape(groups * size, emb_dim), order),
+            kept(dispatch_rows(x.reshape(groups * size, emb_dim), order)),
             dropout_rate=self.config.expert_dropout_rate,
             rng=rng,
             numbers=order.number,
             sizes=order.sizes,
             load=load,
         )
-        return combine_rows(outputs, weight.reshape(groups * size, -1), order).reshape(groups, size, -1)
+        return combine_rows(kept(outputs), weight.reshape(groups * size, -1), order).reshape(groups, size, -1)
 
 
 class SwitchFeedForward(SparseLayer):

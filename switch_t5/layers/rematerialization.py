@@ -32,7 +32,8 @@ def rematerialized(function: Callable[..., Any], remat_policy: RematPolicy, para
     Args:
       function: a block of a model.
       remat_policy: ``none``; ``minimal``, which repeats no product but that of queries and keys, and nothing that
-        devices send; or ``full``, which keeps ``function``'s arguments alone.
+        devices send, though experts without a capacity, or in a CPU's loop, may repeat theirs; or ``full``, which keeps
+        ``function``'s arguments alone.
       params: its parameters, or their shapes.
     """
     match remat_policy:
@@ -48,6 +49,7 @@ def rematerialized(function: Callable[..., Any], remat_policy: RematPolicy, para
 
 def _all_but_kernels(params: Any) -> Callable[..., bool]:
     """What is kept for the backward pass: all but gathered parameters as they are multiplied, which are made again."""
+    # By shape: an activation as large as a parameter is made again too, if it was reshaped or cast.
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
     made_of_one = ("sharding_constraint", "convert_element_type", "reshape")
 

@@ -13,12 +13,21 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from switch_t5.errors import ConfigError, check_types, closest
-from switch_t5.partitioning.rules import LOGICAL_AXIS_RULES, AxisRules
+from switch_t5.partitioning.rules import LOGICAL_AXIS_RULES, AxisRules, partition_spec, targets
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
 _BATCH_RULES = ("batch", "expert_batch", "expert")
 """Logical axes of which the layers' exchanges and the batch's placement take the rules as given."""
+_ACTIVATIONS = (
+    ("batch", "length", "embed"),
+    ("batch", "heads", "length", "kv"),
+    ("batch", "length", "mlp"),
+    ("batch", "length", "vocab"),
+    ("expert", "expert_batch", "embed"),
+    ("expert", "expert_batch", "expert_mlp"),
+)
+"""Which logical axes meet in an array."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,7 @@ class MeshConfig:
         for field in ("logical_axis_rules", "parameter_axis_rules"):
             for axis, target in getattr(self, field).items():
                 _check_rule(f"MeshConfig.{field}", axis, target)
+        self._check_together()
         for field in ("num_expert_partitions", "num_model_partitions", "num_fsdp_partitions"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"MeshConfig.{field}", f"must be at least 1, got {getattr(self, field)}.")
@@ -61,12 +71,27 @@ class MeshConfig:
         changes = (self.logical_axis_rules, self.parameter_axis_rules)
         return AxisRules.changed(*({axis: _mesh_axes(target) for axis, target in one.items()} for one in changes))
 
+    def _check_together(self) -> None:
+        """Checks that no array would be split twice over a mesh axis, nor parameters less than where they are used."""
+        rules = self.axis_rules
+        for axes in _ACTIVATIONS:
+            partition_spec(axes, rules.used, name="MeshConfig.logical_axis_rules")
+        for axis in self.parameter_axis_rules:
+            if missing := [name for name in targets(rules.used[axis]) if name not in targets(rules.at_rest[axis])]:
+                raise ConfigError(
+                    "MeshConfig.parameter_axis_rules",
+                    f"leaves {axis!r} whole along {missing[0]!r}, which it is split over where it is used; add "
+                    f"{missing[0]!r}, or set logical_axis_rules.",
+                )
+
 
 def _check_rule(parameter: str, axis: str, target: Any) -> None:
     """Raises ConfigError where a rule names what is not there, or cannot be."""
     if axis not in LOGICAL_AXIS_RULES:
         near = closest(str(axis), LOGICAL_AXIS_RULES) or f" There are {', '.join(LOGICAL_AXIS_RULES)}."
         raise ConfigError(parameter, f"has a rule for {axis!r}, which is no logical axis.{near}")
+    if axis == "layers":
+        raise ConfigError(parameter, "has a rule for 'layers', which are gone through one by one and cannot be split.")
     if axis in _BATCH_RULES:
         raise ConfigError(
             parameter,

@@ -59,7 +59,7 @@ class AxisRules:
     @classmethod
     def changed(cls, used: Rules, at_rest: Rules) -> AxisRules:
         """The tables above, with other rules for some axes; those of ``used`` hold for parameters at rest too."""
-        return cls({**LOGICAL_AXIS_RULES, **used}, {**LOGICAL_AXIS_RULES, **used, **_PARAMETER_AXES, **at_rest})
+        return cls({**LOGICAL_AXIS_RULES, **used}, {**PARAMETER_AXIS_RULES, **used, **at_rest})
 
 
 AXIS_RULES = AxisRules(LOGICAL_AXIS_RULES, PARAMETER_AXIS_RULES)

@@ -67,6 +67,8 @@ _GPUS = (
     Chip("H100", 80 * 10**9, 3.35e12, {"bfloat16": 989e12, "float32": 494e12}, 450e9, 0, 8, 50e9),
 )
 
+_MOST_DEVICES = 10**6
+
 TPUS = {chip.name: chip for chip in _TPUS}
 GPUS = {chip.name: chip for chip in _GPUS}
 
@@ -150,8 +152,8 @@ def parse_devices(text: str) -> Topology:
     """
     kind, _, rest = text.partition(":")
     if kind == "cpu":
-        if not rest.isdigit() or int(rest) < 1:
-            raise UserError(f"--devices={text}: give a number of virtual devices, such as cpu:8.")
+        if not rest.isdigit() or not 1 <= int(rest) <= _MOST_DEVICES:
+            raise UserError(f"--devices={text}: give a number of virtual devices, to a million, such as cpu:8.")
         return Topology(text, _cpu(int(rest)), int(rest))
     if kind in TPUS:
         raise UserError(f"--devices={text}: a TPU slice is given by --topology={text}.")
@@ -160,8 +162,8 @@ def parse_devices(text: str) -> Topology:
             f"--devices={text}: there is no kind {kind!r}.{closest(kind, ('cpu', 'gpu')) or ' It is cpu or gpu.'}"
         )
     found = re.fullmatch(r"(\w+?)x(\d+)", rest)
-    if found is None or int(found[2]) < 1:
-        raise UserError(f"--devices={text}: give a GPU and how many, such as gpu:H100x256.")
+    if found is None or not 1 <= int(found[2]) <= _MOST_DEVICES:
+        raise UserError(f"--devices={text}: give a GPU and how many, to a million, such as gpu:H100x256.")
     chip = GPUS.get(found[1])
     if chip is None:
         near = closest(found[1].upper(), GPUS) or f" There are {', '.join(GPUS)}."

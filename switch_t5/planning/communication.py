@@ -6,8 +6,8 @@ A collective over n devices of an array of so many bytes a device sends, at best
 
 ``sent`` is what this package's step sends. ``minimum`` is what its strategy must send, which is a mesh and a policy of
 rematerialisation: each gradient summed once; parameters that lie in parts gathered once a pass; and in each pass of a
-block, also where it is recomputed, the slots of its tokens to the experts and back, and one sum over the model axis for
-each of its parts.
+block, also where it is recomputed, tokens within the capacity factor to the experts and back, and one sum over the
+model axis for each of its parts.
 
 Compilers differ: XLA for accelerators adds what is to be summed over devices before it is sent, and sends kernels'
 gradients in the dtype of activations, in which they are computed; XLA's CPU backend sends each term, in float32.
@@ -111,6 +111,7 @@ def _gradients(workload: Workload, mesh: MeshShape, merged: bool) -> Iterator[Tr
         one = shard_bytes(kind, mesh, name) * (narrow if is_kernel(kind) else 1.0)
         # Each use's gradient of the embedding is summed before they are added.
         times = number + (_VOCABULARY_GRADIENTS[merged] - tables) * name.startswith("embedding/")
+        one *= mesh.along(kind.gathered_over - {*BATCH_AXES})  # Of which all devices along the axis make a gradient.
         purpose = "gradients of experts" if "expert" in kind.axes else "gradients of dense layers"
         sent, least = one * times * workload.microbatches, one * number
         parts = mesh.along(kind.gathered_over & {*BATCH_AXES})
@@ -165,11 +166,11 @@ def _exchanges(layer: SparseLayer, block: Block, workload: Workload, mesh: MeshS
     size, passes = mesh.expert, 1 + workload.forward_passes
     row = (layer.into + layer.out) * workload.itemsize
     if layer.moe.dispatch != "dropless":
-        rounding = "slots that rounding and the least capacity add"
-        for purpose, rows in (("tokens to experts and back", layer.choices), (rounding, layer.slots - layer.choices)):
-            # Less than nothing where capacities are rounded down.
-            sent = ring_bytes("all-to-all", size, passes * rows * row)
-            yield Transfer("expert", "all-to-all", purpose, sent, sent)
+        factor = ring_bytes("all-to-all", size, passes * layer.choices * row)
+        yield Transfer("expert", "all-to-all", "tokens to experts and back", factor, factor)
+        # Less than nothing where capacities are rounded down.
+        rounding = ring_bytes("all-to-all", size, passes * (layer.slots - layer.choices) * row)
+        yield Transfer("expert", "all-to-all", "slots that rounding and the least capacity add", rounding, 0.0)
         return
     minimum = ring_bytes("all-to-all", size, passes * layer.choices * row)
     for collective, entries, least in (("all-gather", layer.into, minimum), ("reduce-scatter", layer.out, 0.0)):

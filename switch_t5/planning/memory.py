@@ -176,15 +176,15 @@ def _kept_of_products(block: Block, workload: Workload, mesh: MeshShape) -> floa
     entries += block.tokens * shared * branches * config.mlp_dim / mesh.along(workload.split_over("mlp"))
     if sparse is not None:
         hidden = branches * config.mlp_dim / mesh.along(workload.split_over("expert_mlp"))
-        entries += sparse.slots * hidden
+        entries += sparse.held * hidden
     return entries * item + sum(block.tokens * layer.moe.num_experts * FLOAT32 for layer in block.sparse_layers)
 
 
 def _kept_by_experts(layer: SparseLayer, block: Block, item: int) -> float:
     """Hidden activations, and the router's logits and probabilities in float32."""
-    return layer.slots * layer.hidden * item + 2 * block.tokens * layer.moe.num_experts * FLOAT32
+    return layer.held * layer.hidden * item + 2 * block.tokens * layer.moe.num_experts * FLOAT32
 
 
 def _buffers(block: Block, workload: Workload) -> float:
     """Rows as the experts get them and give them back, which their gradients and the weights' are made of."""
-    return sum(layer.slots * (layer.into + layer.out) * workload.itemsize for layer in block.sparse_layers)
+    return sum(layer.held * (layer.into + layer.out) * workload.itemsize for layer in block.sparse_layers)

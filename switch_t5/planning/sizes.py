@@ -18,6 +18,7 @@ class SparseLayer:
     Attributes:
       moe: its numbers.
       slots: rows that the device's experts are given, empty ones too; what all its peers send it is as many.
+      held: rows that the device has room for: its slots, or without capacity all that its peers along ``expert`` chose.
       choices: rows that the capacity factor allows for before any rounding, the least that can be sent.
       into: entries of a row that is sent to the experts.
       out: entries of a row that comes back.
@@ -28,6 +29,7 @@ class SparseLayer:
 
     moe: MoEConfig
     slots: float
+    held: float
     choices: float
     into: float
     out: float
@@ -98,6 +100,10 @@ def _rows(workload: Workload, mesh: MeshShape, moe: MoEConfig, *, decoder: bool)
     return slots, workload.batch * length * moe.train_capacity_factor / mesh.batch_shards
 
 
+def _held(moe: MoEConfig, slots: float, mesh: MeshShape) -> float:
+    return slots * (mesh.expert if moe.dispatch == "dropless" else 1)
+
+
 def _feed_forward(workload: Workload, mesh: MeshShape, *, decoder: bool) -> SparseLayer:
     config = workload.config
     moe = config.moe_of(decoder=decoder)
@@ -105,7 +111,9 @@ def _feed_forward(workload: Workload, mesh: MeshShape, *, decoder: bool) -> Spar
     branches = len(config.mlp_activations)
     hidden = config.mlp_dim / mesh.along(workload.split_over("expert_mlp")) * (branches + (branches > 1))
     slots, choices = _rows(workload, mesh, moe, decoder=decoder)
-    return SparseLayer(moe, slots, choices, config.emb_dim, config.emb_dim, hidden, branches, sums_out=True)
+    return SparseLayer(
+        moe, slots, _held(moe, slots, mesh), choices, config.emb_dim, config.emb_dim, hidden, branches, sums_out=True
+    )
 
 
 def _projections(workload: Workload, mesh: MeshShape, *, decoder: bool) -> tuple[SparseLayer, ...]:
@@ -114,8 +122,18 @@ def _projections(workload: Workload, mesh: MeshShape, *, decoder: bool) -> tuple
     width = config.num_heads * config.head_dim / mesh.along(workload.split_over("heads"))
     slots, choices = _rows(workload, mesh, moe, decoder=decoder)
     return tuple(
-        SparseLayer(moe, slots, choices, width, config.emb_dim, 0, 0, sums_out=True)
+        SparseLayer(moe, slots, _held(moe, slots, mesh), choices, width, config.emb_dim, 0, 0, sums_out=True)
         if names == ("out",)
-        else SparseLayer(moe, slots, choices, config.emb_dim, len(names) * width, 0, len(names), sums_out=False)
+        else SparseLayer(
+            moe,
+            slots,
+            _held(moe, slots, mesh),
+            choices,
+            config.emb_dim,
+            len(names) * width,
+            0,
+            len(names),
+            sums_out=False,
+        )
         for names in routed_together(config.sparse_projections)
     )

@@ -68,6 +68,7 @@ class Assignment(Choices):
         return jnp.any(self.slot < self.num_experts * self.capacity, axis=-1)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["row", "entry", "sizes", "number"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RowOrder:
     """N tokens' choices in R rows, sorted by expert, without slots.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from switch_t5.layers.normalization import RMSNorm
+from switch_t5.types import Array
 
 
 def normalized(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -36,6 +41,34 @@ def test_norm_of_bfloat16_is_computed_in_float32_and_rounded_once() -> None:
     assert result.dtype == jnp.bfloat16
     expected = normalized(np.asarray(x, np.float32), np.ones(64)).astype(np.float32)
     np.testing.assert_array_equal(result, jnp.asarray(expected).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_is_that_of_the_float64_formula(dtype: str) -> None:
+    random = np.random.default_rng(2)
+    x = jnp.asarray(random.normal(size=(2, 3, 8)) * [[[10.0], [1.0], [1e-3]]], dtype)
+    norm = RMSNorm(8, rngs=nnx.Rngs(0))
+    scale = jnp.asarray(random.normal(size=8), jnp.float32)
+    cotangent = jnp.asarray(random.normal(size=x.shape), dtype)
+    graph, params = nnx.split(norm)
+
+    def ours(x: Array, scale: Array) -> Array:
+        params["scale"] = params["scale"].replace(scale)
+        module: Any = nnx.merge(graph, params)
+        return module(x)
+
+    def formula(x: Array, scale: Array) -> Array:
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    found = jax.vjp(ours, x, scale)[1](cotangent)
+    assert [one.dtype for one in found] == [x.dtype, jnp.float32]
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(one, np.float64)) for one in (x, scale, cotangent)]
+        expected = jax.device_get(jax.vjp(formula, *exact[:2])[1](exact[2]))
+    # The result is rounded once to the dtype of x; eps of bfloat16 is 2**-8.
+    rtol = 2e-5 if dtype == "float32" else 2**-8
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=rtol, atol=rtol * np.abs(other).max() / 10)
 
 
 def test_norm_of_zeros_is_zeros() -> None:

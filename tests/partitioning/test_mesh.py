@@ -56,6 +56,7 @@ def test_rules_are_changed_by_name() -> None:
         ("mlp", "modle", "splits 'mlp' over 'modle', which is no mesh axis. Did you mean 'model'?"),
         ("mlp", 2, "splits 'mlp' over 2, which is no mesh axis. Give some of data, fsdp, expert, model, or None."),
         ("embed", ["fsdp", "fsdp"], "splits 'embed' over a mesh axis twice: ['fsdp', 'fsdp']."),
+        ("layers", "data", "has a rule for 'layers', which are gone through one by one and cannot be split."),
         ("expert", "model", "has a rule for 'expert', which follows from the partitions: set num_expert_partitions"),
     ],
 )
@@ -64,6 +65,26 @@ def test_rules_that_cannot_be_are_refused(axis: Any, target: Any, sentence: str)
         with pytest.raises(ConfigError) as caught:
             MeshConfig(**{field: {axis: target}})
         assert str(caught.value).startswith(f"MeshConfig.{field} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("field", "rules", "sentence"),
+    [
+        ("logical_axis_rules", {"mlp": "data"}, "would be sharded twice over the mesh axis 'data'"),
+        ("logical_axis_rules", {"expert_mlp": ["model", "fsdp"]}, "would be sharded twice over the mesh axis 'fsdp'"),
+        ("logical_axis_rules", {"length": "model"}, "would be sharded twice over the mesh axis 'model'"),
+        (
+            "parameter_axis_rules",
+            {"heads": None},
+            "leaves 'heads' whole along 'model', which it is split over where it is used; add 'model', or set",
+        ),
+    ],
+)
+def test_rules_that_do_not_go_together_are_refused(field: str, rules: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^MeshConfig.{field} {sentence}"):
+        MeshConfig(**{field: rules})
+    # Sequences are split along model where heads and hidden activations are not.
+    MeshConfig(logical_axis_rules={"length": "model", "heads": None, "mlp": None, "vocab": None})
 
 
 def test_a_mesh_takes_the_first_devices() -> None:

@@ -47,7 +47,7 @@ def test_slots_beyond_the_capacity_factor_are_told_apart():
     found = by_purpose(MeshShape(2, 4, 1), moe=MoEConfig(4, group_size=32, min_expert_capacity=8))
     sent = found["tokens to experts and back"]
     assert sent == plain["tokens to experts and back"]
-    assert found[added].sent == found[added].minimum == sent.sent * (8 - 5) / (10 + 5)
+    assert (found[added].sent, found[added].minimum) == (sent.sent * (8 - 5) / (10 + 5), 0)
 
 
 def test_gradients_are_summed_over_devices_with_the_same_part():

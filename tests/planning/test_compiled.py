@@ -62,7 +62,8 @@ def test_plan_and_compiler_agree_on_what_other_rules_do(tmp_path: Path):
     assert main([*WORDS, *OTHER_RULES, f"--json={path}"]) == 0
     rows = {row["name"]: row for row in json.loads(path.read_text())["compiled"]["rows"]}
     # Every device of a model partition makes all of the dense feed-forwards and the logits.
-    errors = {"products": 0.02, "all-reduce over model": 0.01, "on the wire": 0.03, "everything else": 0.15}
+    errors = {"products": 0.02, "all-reduce over model": 0.01, "on the wire": 0.01, "everything else": 0.15}
+    errors["all-reduce over data+expert"] = 0.01
     for name, error in errors.items():
         assert rows[name]["planned"] == pytest.approx(rows[name]["compiled"], rel=error), name
     assert rows["all-gather over model"]["planned"] > 0  # Kernels that lie in parts.
