@@ -7,10 +7,11 @@ Nothing is run: XLA compiles for ``--devices`` virtual CPU devices, each row in 
 analysis and HLO stand beside the plan's numbers. A device has one routing group of 4096 tokens and, along ``expert``,
 two experts a layer, so that the model grows with the mesh; along ``data`` and ``fsdp`` it stays.
 
-- *held*: parameters and optimizer state of a device. Flat along ``expert`` and ``data``, 1 / devices along ``fsdp``.
-- *sent*: bytes from a device in a step. All but flat: (n - 1) / n of a constant.
-- *other*: XLA's temporary memory. Flat, but for routers' logits along ``expert``.
-- *compile*: seconds. Flat: one program for all devices.
+- *held*: parameters and optimizer state of a device. Flat along ``data``, and along ``expert`` but for the routers'
+  kernels, which have a column for each expert; 1 / devices along ``fsdp``.
+- *sent*: bytes from a device in a step. All but flat: (n - 1) / n of a constant, and the routers' gradients.
+- *other*: XLA's temporary memory. Flat, but for routers' logits along ``expert``, and gradients along ``fsdp``.
+- *compile*: seconds. One program for all devices, though more of them, and more experts, are more to plan for.
 """
 
 from __future__ import annotations
