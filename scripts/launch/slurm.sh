@@ -25,7 +25,7 @@ while [[ ${1:-} == --* ]]; do
   esac
   shift
 done
-if ! [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[0-9]+$ ]]; then
+if ! [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^(0|[1-9][0-9]*)$ ]]; then
   echo "slurm.sh: --nodes and --gpus are numbers, got $nodes and $gpus." >&2
   exit 2
 fi

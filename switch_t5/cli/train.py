@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "TrainConfig.train_steps",
     "TrainConfig.*_period",
     "TrainConfig.eval_batches",
+    "TransformerConfig.remat_policy",
     "CheckpointConfig.*",
     "MeshConfig.*",
     "RuntimeConfig.*",
@@ -130,7 +131,7 @@ def _check_restart(configuration: Configuration, model_dir: Path) -> None:
         if differences:
             raise UserError(
                 f"{model_dir} holds a run with another configuration: {' '.join(differences)} Choose another MODEL_DIR "
-                "(INITIAL_CHECKPOINT_PATH starts it from this run's parameters), or set these as they were."
+                "(TrainConfig.initial_checkpoint_path starts it from this run's parameters), or set these as they were."
             )
 
 

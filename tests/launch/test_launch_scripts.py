@@ -90,3 +90,9 @@ def test_the_exit_code_is_that_of_the_process_that_failed_first(tmp_path: Path) 
     )
     assert done.returncode == 7
     assert done.stderr == "local.sh: process 1 ended with code 7; the others have a minute to end.\n"
+
+
+def test_a_number_with_a_leading_zero_is_refused_and_not_read_as_octal() -> None:
+    done = run("slurm.sh", "--nodes=4", "--gpus=08", "--dry-run", "train")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "slurm.sh: --nodes and --gpus are numbers, got 4 and 08.\n"
