@@ -155,7 +155,7 @@ def _position_biases(workload: Workload, mesh: MeshShape) -> Iterator[Transfer]:
     config = workload.config
     for decoder, layers in ((False, config.num_encoder_layers), (True, config.num_decoder_layers)):
         tables = layers if config.relpos_per_layer else 1
-        column = tables * config.num_heads / mesh.along(workload.split_over("heads")) * FLOAT32
+        column = tables * config.num_heads / workload.parts("heads", mesh) * FLOAT32
         sent = 2 * workload.length(decoder=decoder) * column * workload.microbatches
         least = min(sent, config.relpos_num_buckets * column)
         yield _summed(*_joined(mesh, set(BATCH_AXES)), "gradients of position biases", sent, least)

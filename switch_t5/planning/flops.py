@@ -59,7 +59,7 @@ def device_flops(workload: Workload, mesh: MeshShape) -> dict[str, float]:
     rates: dict[str, float] = defaultdict(float)
     for kind, flops in _executed(workload).items():
         dtype = "float32" if kind in ("router", "logits") else workload.config.dtype
-        shared_by = mesh.along(workload.split_over(_SPLIT[kind])) if kind in _SPLIT else 1
+        shared_by = workload.parts(_SPLIT[kind], mesh) if kind in _SPLIT else 1
         rates[dtype] += flops / mesh.batch_shards / shared_by
     return dict(rates)
 

@@ -75,7 +75,7 @@ def device_memory(workload: Workload, mesh: MeshShape) -> DeviceMemory:
         optimizer=workload.opt_state.shard_bytes(mesh),
         gradients=parameters * (1 if workload.microbatches == 1 else 2),
         activations=math.ceil(activations),
-        logits=math.ceil(2 * rows * workload.config.vocab_size / mesh.along(workload.split_over("vocab")) * FLOAT32),
+        logits=math.ceil(2 * rows * workload.config.vocab_size / workload.parts("vocab", mesh) * FLOAT32),
         dispatch_buffers=math.ceil(buffers),
         gathered=math.ceil(_gathered(workload, mesh)),
         cast=_cast(workload, mesh),
@@ -144,7 +144,7 @@ def _activations(workload: Workload, mesh: MeshShape) -> tuple[float, float]:
 def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
     """Bytes that a block's backward pass reads, dispatch buffers left out."""
     config, item = workload.config, workload.itemsize
-    emb, heads = config.emb_dim, config.num_heads / mesh.along(workload.split_over("heads"))
+    emb, heads = config.emb_dim, config.num_heads / workload.parts("heads", mesh)
     width = heads * config.head_dim
     norms = 3 if block.memory_tokens else 2
     # Each norm's input and output; queries and what attention gives; keys and values; weights and their sums.
@@ -155,7 +155,7 @@ def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
         entries += (2 * block.tokens + 2 * block.memory_tokens) * width * item
         entries += block.tokens * heads * (block.memory_length * item + FLOAT32)
     branches = len(config.mlp_activations)
-    hidden = config.mlp_dim / mesh.along(workload.split_over("mlp")) * (branches + (branches > 1))
+    hidden = config.mlp_dim / workload.parts("mlp", mesh) * (branches + (branches > 1))
     if block.feed_forward is None:
         entries += block.tokens * hidden * item
     else:
@@ -166,16 +166,16 @@ def _kept(block: Block, workload: Workload, mesh: MeshShape) -> float:
 def _kept_of_products(block: Block, workload: Workload, mesh: MeshShape) -> float:
     """Bytes that are kept of a block where all that is cheap is computed again, dispatch buffers left out."""
     config, item = workload.config, workload.itemsize
-    width = config.num_heads / mesh.along(workload.split_over("heads")) * config.head_dim
+    width = config.num_heads / workload.parts("heads", mesh) * config.head_dim
     # The residual stream before each part of the block; queries, keys, values and what attention gives.
     entries = (3 if block.memory_tokens else 2) * block.tokens * config.emb_dim + block.tokens * 4 * width
     entries += 2 * (block.tokens + block.memory_tokens) * width if block.memory_tokens else 0
     sparse = block.feed_forward
     shared = 1 if sparse is None else sparse.moe.num_shared_experts
     branches = len(config.mlp_activations)
-    entries += block.tokens * shared * branches * config.mlp_dim / mesh.along(workload.split_over("mlp"))
+    entries += block.tokens * shared * branches * config.mlp_dim / workload.parts("mlp", mesh)
     if sparse is not None:
-        hidden = branches * config.mlp_dim / mesh.along(workload.split_over("expert_mlp"))
+        hidden = branches * config.mlp_dim / workload.parts("expert_mlp", mesh)
         entries += sparse.held * hidden
     return entries * item + sum(block.tokens * layer.moe.num_experts * FLOAT32 for layer in block.sparse_layers)
 

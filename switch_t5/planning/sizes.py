@@ -109,7 +109,7 @@ def _feed_forward(workload: Workload, mesh: MeshShape, *, decoder: bool) -> Spar
     moe = config.moe_of(decoder=decoder)
     assert moe is not None
     branches = len(config.mlp_activations)
-    hidden = config.mlp_dim / mesh.along(workload.split_over("expert_mlp")) * (branches + (branches > 1))
+    hidden = config.mlp_dim / workload.parts("expert_mlp", mesh) * (branches + (branches > 1))
     slots, choices = _rows(workload, mesh, moe, decoder=decoder)
     return SparseLayer(
         moe, slots, _held(moe, slots, mesh), choices, config.emb_dim, config.emb_dim, hidden, branches, sums_out=True
@@ -119,7 +119,7 @@ def _feed_forward(workload: Workload, mesh: MeshShape, *, decoder: bool) -> Spar
 def _projections(workload: Workload, mesh: MeshShape, *, decoder: bool) -> tuple[SparseLayer, ...]:
     config, moe = workload.config, workload.config.attention_moe
     assert moe is not None
-    width = config.num_heads * config.head_dim / mesh.along(workload.split_over("heads"))
+    width = config.num_heads * config.head_dim / workload.parts("heads", mesh)
     slots, choices = _rows(workload, mesh, moe, decoder=decoder)
     return tuple(
         SparseLayer(moe, slots, _held(moe, slots, mesh), choices, width, config.emb_dim, 0, 0, sums_out=True)

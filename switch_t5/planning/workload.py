@@ -178,6 +178,10 @@ class Workload:
         """The mesh axes that a logical axis of activations is split over."""
         return targets(self.rules.used[axis])
 
+    def parts(self, axis: str, mesh: MeshShape) -> int:
+        """Parts that a logical axis of activations is split into."""
+        return mesh.along(self.split_over(axis))
+
     def length(self, *, decoder: bool) -> int:
         """Tokens in a sequence of one stack."""
         return self.decoder_length if decoder else self.encoder_length
