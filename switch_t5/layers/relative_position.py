@@ -87,7 +87,8 @@ class RelativePositionBias(nnx.Module):
         )
         one_hot = (bucket == np.arange(self.num_buckets)[:, None]).astype(np.float32)
         by_distance = self.embedding[...] @ jnp.asarray(one_hot)
-        copies = constrain(jnp.broadcast_to(by_distance, (shards, *by_distance.shape)), ("batch", "heads", None))
+        copies = jnp.broadcast_to(by_distance, (shards, *by_distance.shape))
+        copies = constrain(copies, ("batch" if shards > 1 else None, "heads", None))  # One is for the whole batch.
         return along_diagonals(copies, query_length, key_length).astype(dtype)
 
 
