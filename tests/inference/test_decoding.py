@@ -22,6 +22,8 @@ from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits
+from switch_t5.partitioning.mesh import MeshConfig, make_mesh
+from switch_t5.partitioning.rules import partitioned
 from switch_t5.routing.router import RouterConfig
 from switch_t5.types import Array, Params
 from tests.model.small import random_params
@@ -149,6 +151,17 @@ def test_what_is_said_to_an_input_depends_on_no_other(kind: str, how: dict[str, 
         for row in range(2):
             alone = run(kind, INPUTS[row : row + 1], [row], **how)
             np.testing.assert_allclose(alone[index][0], together[index][row], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.multidevice
+def test_devices_decode_together_what_one_does() -> None:
+    one = run("dense", INPUTS[:4])
+    model, params = model_and_params("dense")
+    decode_on = functools.partial(decode, model, config=DecodingConfig(), max_length=LENGTH, eos_id=EOS)
+    with partitioned(make_mesh(MeshConfig(num_devices=4, num_model_partitions=2))):
+        several = jax.jit(decode_on)(params, INPUTS[:4], jnp.arange(4))
+    np.testing.assert_array_equal(several.tokens, one.tokens)
+    np.testing.assert_allclose(several.log_probs, one.log_probs, atol=1e-5)  # Sums over heads come in another order.
 
 
 def test_the_model_as_trained_lets_tokens_compete() -> None:

@@ -126,6 +126,23 @@ def test_two_processes_make_the_run_of_one(one_process: Path, two_processes: tup
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gin.MeshConfig.num_fsdp_partitions=2"],
+        ["--gin.NUM_EXPERT_PARTITIONS=4", "--gin.NUM_MODEL_PARTITIONS=1", "--gin.MoEConfig.exchange='all_to_all'"],
+    ],
+    ids=["fsdp, expert, model", "all_to_all"],
+)
+def test_four_processes_make_the_run_of_one(
+    program: Program, one_process: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    model_dir = tmp_path / "run"
+    together(program, model_dir, 4, 2, *RUN, *flags)
+    assert_same_losses(one_process, model_dir)
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_other_along_and_the_pair_goes_on_bitwise(
     program: Program, two_processes: tuple[Path, str], tmp_path: Path
 ) -> None:
