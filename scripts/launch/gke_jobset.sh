@@ -16,6 +16,11 @@
 #   --dry-run            print the JobSet instead
 set -euo pipefail
 
+refuse() {
+  echo "gke_jobset.sh: $*" >&2
+  exit 2
+}
+
 declare -A flag=([chips]=4 [restarts]=100)
 dry_run=''
 while [[ ${1:-} == --* ]]; do
@@ -25,19 +30,29 @@ while [[ ${1:-} == --* ]]; do
       key=${1%%=*}
       flag[${key#--}]=${1#*=}
       ;;
-    *) echo "gke_jobset.sh: there is no flag $1; the first lines of this script say which there are." >&2; exit 2 ;;
+    *) refuse "there is no flag $1; the first lines of this script say which there are." ;;
   esac
   shift
 done
 for key in name image accelerator topology hosts claim; do
   if [[ -z ${flag[$key]:-} ]]; then
-    echo "gke_jobset.sh: --$key is missing; the first lines of this script say what it is." >&2
-    exit 2
+    refuse "--$key is missing; the first lines of this script say what it is."
   fi
 done
+for key in hosts chips restarts; do
+  [[ ${flag[$key]} =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--$key is a number of 1 or more, got ${flag[$key]}."
+done
+[[ ${flag[topology]} =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+  refuse "--topology is such as 4x4x8, got ${flag[topology]}."
+if ((${flag[topology]//x/*} != flag[hosts] * flag[chips])); then
+  refuse "a slice of ${flag[topology]} has $((${flag[topology]//x/*})) chips, which ${flag[hosts]} hosts" \
+    "of ${flag[chips]} do not add up to; set --hosts or --chips."
+fi
+for key in name image accelerator claim; do
+  [[ ${flag[$key]} =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || refuse "--$key is a name without spaces, got ${flag[$key]}."
+done
 if (($# == 0)); then
-  echo "gke_jobset.sh: a command of switch-t5 is missing, such as train." >&2
-  exit 2
+  refuse "a command of switch-t5 is missing, such as train."
 fi
 
 words=''

@@ -29,6 +29,10 @@ for number in "$processes" "${devices:-1}" "${port:-1}"; do
     exit 2
   fi
 done
+if ((${#port} > 5 || ${port:-1} > 65535)); then
+  echo "local.sh: --port is at most 65535, got $port." >&2
+  exit 2
+fi
 if (($# == 0)); then
   echo "local.sh: a command of switch-t5 is missing, such as train." >&2
   exit 2

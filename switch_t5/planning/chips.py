@@ -133,10 +133,10 @@ def parse_topology(name: str) -> Topology:
         near = closest(chip_name, TPUS) or f" There are {', '.join(TPUS)}; for other devices give --devices."
         raise UserError(f"--topology={name}: there is no TPU {chip_name!r}.{near}")
     shapes = _slices(chip)
-    if re.fullmatch(r"\d+(x\d+)*", shape_text):
-        shape = tuple(map(int, shape_text.split("x")))
-        if shape in shapes:
-            return Topology(name, chip, math.prod(shape))
+    shape = tuple(map(int, re.findall(r"[0-9]{1,6}", shape_text)))
+    if shape in shapes and re.fullmatch(r"\d+(x\d+)*", shape_text):
+        return Topology(name, chip, math.prod(shape))
+    if shape:
         nearest = sorted(shapes, key=lambda other: _distance(shape, other))[:3]
     else:
         nearest = [shapes[0], shapes[len(shapes) // 2], shapes[-1]]
@@ -159,7 +159,8 @@ def parse_devices(text: str) -> Topology:
         raise UserError(f"--devices={text}: a TPU slice is given by --topology={text}.")
     if kind != "gpu":
         raise UserError(
-            f"--devices={text}: there is no kind {kind!r}.{closest(kind, ('cpu', 'gpu')) or ' It is cpu or gpu.'}"
+            f"--devices={text}: there is no kind {kind!r}."
+            f"{closest(kind, ('cpu', 'gpu')) or ' It is cpu or gpu, such as cpu:8 or gpu:H100x8.'}"
         )
     found = re.fullmatch(r"(\w+?)x(\d+)", rest)
     if found is None or not 1 <= int(found[2]) <= _MOST_DEVICES:

@@ -92,6 +92,29 @@ def test_the_exit_code_is_that_of_the_process_that_failed_first(tmp_path: Path) 
     assert done.stderr == "local.sh: process 1 ended with code 7; the others have a minute to end.\n"
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--hosts=2.5", "--hosts is a number of 1 or more, got 2.5."),
+        ("--restarts=none", "--restarts is a number of 1 or more, got none."),
+        ("--topology=2x2xtwo", "--topology is such as 4x4x8, got 2x2xtwo."),
+        (
+            "--topology=4x4x8",
+            "a slice of 4x4x8 has 128 chips, which 2 hosts of 4 do not add up to; set --hosts or --chips.",
+        ),
+        ("--claim=disk\nhostNetwork: true", "--claim is a name without spaces, got disk\nhostNetwork: true."),
+    ],
+)
+def test_a_job_set_that_no_cluster_could_run_is_refused(flag: str, sentence: str) -> None:
+    done = run("gke_jobset.sh", *FLAGS["gke_jobset.sh"], flag, "--dry-run", "train")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gke_jobset.sh: {sentence}\n")
+
+
+def test_a_port_that_cannot_be_is_refused() -> None:
+    done = run("local.sh", "--port=70000", "--dry-run", "train")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "local.sh: --port is at most 65535, got 70000.\n")
+
+
 def test_a_number_with_a_leading_zero_is_refused_and_not_read_as_octal() -> None:
     done = run("slurm.sh", "--nodes=4", "--gpus=08", "--dry-run", "train")
     assert (done.returncode, done.stdout) == (2, "")

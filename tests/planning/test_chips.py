@@ -28,6 +28,8 @@ def test_a_slice_is_known_by_its_name(name: str, chip: str, devices: int):
         ("v5p:8x8", "no slice '8x8'; near it are v5p:4x4x4,"),
         ("v5p:16x24x24", "no slice '16x24x24'; near it are v5p:16x16x24,"),
         ("v5e", "no slice ''; near it are v5e:1x1, v5e:4x8, v5e:16x16."),
+        ("v5e:16*16", "no slice '16*16'; near it are v5e:16x16, v5e:8x16,"),
+        ("v5p:500", "no slice '500'; near it are v5p:8x8x8,"),
     ],
 )
 def test_a_slice_that_does_not_exist_is_refused_with_what_is_near(name: str, said: str):
