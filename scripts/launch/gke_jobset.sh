@@ -30,6 +30,9 @@ while [[ ${1:-} == --* ]]; do
       key=${1%%=*}
       flag[${key#--}]=${1#*=}
       ;;
+    --name | --image | --accelerator | --topology | --hosts | --chips | --claim | --restarts)
+      refuse "write $1=VALUE, in one word."
+      ;;
     *) refuse "there is no flag $1; the first lines of this script say which there are." ;;
   esac
   shift
@@ -39,16 +42,21 @@ for key in name image accelerator topology hosts claim; do
     refuse "--$key is missing; the first lines of this script say what it is."
   fi
 done
-for key in hosts chips restarts; do
-  [[ ${flag[$key]} =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--$key is a number of 1 or more, got ${flag[$key]}."
+for key in hosts chips; do
+  [[ ${flag[$key]} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "--$key is a number of 1 or more, got ${flag[$key]}."
 done
+[[ ${flag[restarts]} =~ ^(0|[1-9][0-9]{0,5})$ ]] || refuse "--restarts is a number, got ${flag[restarts]}."
 [[ ${flag[topology]} =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
   refuse "--topology is such as 4x4x8, got ${flag[topology]}."
 if ((${flag[topology]//x/*} != flag[hosts] * flag[chips])); then
   refuse "a slice of ${flag[topology]} has $((${flag[topology]//x/*})) chips, which ${flag[hosts]} hosts" \
     "of ${flag[chips]} do not add up to; set --hosts or --chips."
 fi
-for key in name image accelerator claim; do
+for key in name claim; do
+  [[ ${flag[$key]} =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] ||
+    refuse "--$key is a name of small letters, digits and hyphens, got ${flag[$key]}."
+done
+for key in image accelerator; do
   [[ ${flag[$key]} =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || refuse "--$key is a name without spaces, got ${flag[$key]}."
 done
 if (($# == 0)); then
@@ -63,7 +71,7 @@ done
 jobset="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: ${flag[name]}
+  name: '${flag[name]}'
 spec:
   failurePolicy:
     maxRestarts: ${flag[restarts]}
@@ -83,11 +91,11 @@ spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: 120
             nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: ${flag[accelerator]}
-              cloud.google.com/gke-tpu-topology: ${flag[topology]}
+              cloud.google.com/gke-tpu-accelerator: '${flag[accelerator]}'
+              cloud.google.com/gke-tpu-topology: '${flag[topology]}'
             containers:
             - name: switch-t5
-              image: ${flag[image]}
+              image: '${flag[image]}'
               command: [$words]
               resources:
                 limits:
@@ -98,7 +106,7 @@ spec:
             volumes:
             - name: shared
               persistentVolumeClaim:
-                claimName: ${flag[claim]}"
+                claimName: '${flag[claim]}'"
 if [[ -n $dry_run ]]; then
   echo "$jobset"
 else

@@ -19,17 +19,18 @@ while [[ ${1:-} == --* ]]; do
     --devices=*) devices=${1#*=} ;;
     --port=*) port=${1#*=} ;;
     --dry-run) dry_run=yes ;;
+    --processes | --devices | --port) echo "local.sh: write $1=N, in one word." >&2; exit 2 ;;
     *) echo "local.sh: there is no flag $1; the first lines of this script say which there are." >&2; exit 2 ;;
   esac
   shift
 done
 for number in "$processes" "${devices:-1}" "${port:-1}"; do
-  if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
-    echo "local.sh: $number is not a positive number." >&2
+  if ! [[ $number =~ ^[1-9][0-9]{0,5}$ ]]; then
+    echo "local.sh: $number is not a number from 1 to 999999." >&2
     exit 2
   fi
 done
-if ((${#port} > 5 || ${port:-1} > 65535)); then
+if ((${port:-1} > 65535)); then
   echo "local.sh: --port is at most 65535, got $port." >&2
   exit 2
 fi

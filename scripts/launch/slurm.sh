@@ -19,13 +19,17 @@ while [[ ${1:-} == --* ]]; do
   case $1 in
     --nodes=*) nodes=${1#*=} ;;
     --gpus=*) gpus=${1#*=} ;;
-    --time=* | --partition=* | --account=*) job+=("$1") ;;
+    --time=?* | --partition=?* | --account=?*) job+=("$1") ;;
     --dry-run) dry_run=yes ;;
+    --nodes | --gpus | --time* | --partition* | --account*)
+      echo "slurm.sh: write ${1%%=*}=VALUE, in one word." >&2
+      exit 2
+      ;;
     *) echo "slurm.sh: there is no flag $1; the first lines of this script say which there are." >&2; exit 2 ;;
   esac
   shift
 done
-if ! [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^(0|[1-9][0-9]*)$ ]]; then
+if ! [[ $nodes =~ ^[1-9][0-9]{0,5}$ && $gpus =~ ^(0|[1-9][0-9]{0,5})$ ]]; then
   echo "slurm.sh: --nodes and --gpus are numbers, got $nodes and $gpus." >&2
   exit 2
 fi

@@ -19,12 +19,17 @@ while [[ ${1:-} == --* ]]; do
   case $1 in
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
-    --project=*) where+=("$1") ;;
+    --project=?*) where+=("$1") ;;
     --dry-run) dry_run=yes ;;
+    --name | --zone | --project*) echo "tpu_pod.sh: write ${1%%=*}=VALUE, in one word." >&2; exit 2 ;;
     *) echo "tpu_pod.sh: there is no flag $1; the first lines of this script say which there are." >&2; exit 2 ;;
   esac
   shift
 done
+if [[ $name == -* ]]; then
+  echo "tpu_pod.sh: --name is a TPU VM, and none is called $name." >&2
+  exit 2
+fi
 if [[ -z $name || -z $zone ]]; then
   echo "tpu_pod.sh: --name and --zone say which slice to run on; one of them is missing." >&2
   exit 2

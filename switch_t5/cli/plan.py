@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give either --topology=TPU:SHAPE, such as v5p:8x8x8, or --devices=KIND:N, such as cpu:8.")
     from switch_t5.planning.chips import parse_devices, parse_topology
 
-    topology = parse_topology(args.topology) if args.topology else parse_devices(args.devices)
+    topology = parse_devices(args.devices) if args.topology is None else parse_topology(args.topology)
     _without_accelerator(topology if args.compile else None)
     from switch_t5.planning.plan import make_plan
 
@@ -58,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     with configuration.locating_errors():
         workload, active = workload_of(spec)
         plan = make_plan(workload, topology, lambda workload, mesh: check_mesh(spec, workload, mesh))
-    if args.mesh is not None:
-        plan = _only(plan, args.mesh)
+    mesh = args.mesh or configured_mesh(spec, topology)
+    if mesh is not None:
+        plan = _only(plan, mesh)
     from switch_t5.cli import plan_report
 
     result = plan_report.as_json(plan, active)
@@ -108,6 +110,28 @@ def workload_of(spec: RunSpec) -> tuple[Workload, int]:
         rules=rules,
     )
     return workload, active_parameter_count(spec.transformer, model.abstract_params, model.axes)
+
+
+def configured_mesh(spec: RunSpec, topology: Topology) -> MeshShape | None:
+    """The mesh that a run of this configuration has on so many devices; None where it leaves the partitions open.
+
+    Raises:
+      UserError: the devices cannot be divided so.
+    """
+    from switch_t5.planning.workload import MeshShape
+
+    config = spec.mesh
+    inner = config.num_expert_partitions, config.num_model_partitions, config.num_fsdp_partitions
+    if inner == (1, 1, 1):
+        return None
+    rest, over = divmod(topology.num_devices, math.prod(inner))
+    if over:
+        named = " x ".join(f"{count} {axis}" for count, axis in zip(inner, ("expert", "model", "fsdp"), strict=True))
+        raise UserError(
+            f"the configuration asks for {named} partitions, which do not divide the {topology.num_devices} devices of "
+            f"{topology.name}; set others, or give --mesh, which is planned in their place."
+        )
+    return MeshShape(rest, *inner)
 
 
 def spec_on(spec: RunSpec, workload: Workload, mesh: MeshShape) -> RunSpec:
@@ -164,17 +188,23 @@ def _only(plan: Plan, mesh: MeshShape) -> Plan:
     Raises:
       UserError: it is none of these devices, or was refused.
     """
+    from switch_t5.planning.plan import most_experts
+
     if mesh.size != plan.topology.num_devices:
         raise UserError(
-            f"--mesh={mesh} is of {mesh.size} devices; {plan.topology.name} has {plan.topology.num_devices}."
+            f"the mesh {mesh} is of {mesh.size} devices; {plan.topology.name} has {plan.topology.num_devices}."
         )
     for shape, reason in plan.refused:
         if shape == mesh:
-            raise UserError(f"--mesh={mesh}: {reason}")
+            raise UserError(f"the mesh {mesh}: {reason}")
     fitting = tuple(one for one in plan.fitting if one.mesh == mesh)
     too_large = tuple(one for one in plan.too_large if one.mesh == mesh)
     if not fitting and not too_large:
-        raise UserError(f"--mesh={mesh} has more expert partitions than experts, or model partitions than heads.")
+        config = plan.workload.config
+        raise UserError(
+            f"the mesh {mesh} has {mesh.expert} expert and {mesh.model} model partitions, and the model "
+            f"{most_experts(config)} experts and {config.num_heads} heads to divide among them."
+        )
     return dataclasses.replace(plan, fitting=fitting, too_large=too_large, refused=())
 
 

@@ -126,22 +126,23 @@ def parse_topology(name: str) -> Topology:
     Raises:
       UserError: there is no such chip, or slice; says which ones are near.
     """
-    chip_name, _, shape_text = name.partition(":")
+    # Cloud TPU writes slices in other ways too, such as v5litepod-16; whoever does is shown how it is written here.
+    family, shape_text = re.split("[:-]", f"{name}:", maxsplit=1)
+    chip_name = {"v5litepod": "v5e", "v5lite": "v5e"}.get(family.lower(), family.lower())
     chip = TPUS.get(chip_name)
     if chip is None:
-        # A user of other clouds' names, such as v5litepod-16, finds the chip by its first letters.
         near = closest(chip_name, TPUS) or f" There are {', '.join(TPUS)}; for other devices give --devices."
-        raise UserError(f"--topology={name}: there is no TPU {chip_name!r}.{near}")
+        raise UserError(f"--topology={name}: there is no TPU {family!r}.{near}")
     shapes = _slices(chip)
     shape = tuple(map(int, re.findall(r"[0-9]{1,6}", shape_text)))
-    if shape in shapes and re.fullmatch(r"\d+(x\d+)*", shape_text):
+    if shape in shapes and name == f"{chip_name}:{'x'.join(map(str, shape))}":
         return Topology(name, chip, math.prod(shape))
     if shape:
         nearest = sorted(shapes, key=lambda other: _distance(shape, other))[:3]
     else:
         nearest = [shapes[0], shapes[len(shapes) // 2], shapes[-1]]
     listed = ", ".join(f"{chip_name}:{'x'.join(map(str, shape))}" for shape in nearest)
-    raise UserError(f"--topology={name}: a {chip_name} has no slice {shape_text!r}; near it are {listed}.")
+    raise UserError(f"--topology={name}: there is no such slice of {chip_name}; near it are {listed}.")
 
 
 def parse_devices(text: str) -> Topology:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from switch_t5.errors import ConfigError
 from switch_t5.layers.rematerialization import RematPolicy
+from switch_t5.model.config import TransformerConfig
 from switch_t5.planning.chips import Topology
 from switch_t5.planning.communication import Transfer, transfers
 from switch_t5.planning.flops import device_flops, step_flops
@@ -119,21 +120,27 @@ class Plan:
 def make_plan(workload: Workload, topology: Topology, check: Check) -> Plan:
     """Plans every mesh of the devices."""
     fitting, too_large, refused = _try_meshes(workload, topology, check)
-    change = None if fitting else _smallest_change(workload, topology, check)
+    # Where nothing can be divided, less memory would not help.
+    change = _smallest_change(workload, topology, check) if too_large and not fitting else None
     return Plan(topology, workload, tuple(fitting), tuple(too_large), tuple(refused), change)
 
 
 def mesh_shapes(workload: Workload, num_devices: int) -> Iterator[MeshShape]:
     """Every way to divide the devices, with no more expert partitions than experts, nor model partitions than heads."""
     config = workload.config
-    experts = [moe.num_experts for decoder in (False, True) for moe in config.sparse_configs(decoder=decoder)]
-    most = max(experts, default=1)
+    most = most_experts(config)
     for model in _divisors(num_devices):
         if model <= config.num_heads:
             for expert in _divisors(num_devices // model):
                 if expert <= most:
                     rest = num_devices // model // expert
                     yield from (MeshShape(rest // fsdp, expert, model, fsdp) for fsdp in _divisors(rest))
+
+
+def most_experts(config: TransformerConfig) -> int:
+    """The experts of the layer that has most; 1 of a dense model."""
+    sparse = (moe for decoder in (False, True) for moe in config.sparse_configs(decoder=decoder))
+    return max((moe.num_experts for moe in sparse), default=1)
 
 
 def plan_mesh(workload: Workload, topology: Topology, mesh: MeshShape) -> MeshPlan:

@@ -80,8 +80,11 @@ def test_a_topology_that_does_not_exist_is_told_with_those_near(capsys: pytest.C
         ([], "give either --topology=TPU:SHAPE"),
         (["--topology=v5e:4x4", "--devices=cpu:8"], "give either --topology=TPU:SHAPE"),
         (["--devices=cpu:8", "--mesh=2x2"], "--mesh=2x2: give devices along data, expert and model"),
-        (["--devices=cpu:8", "--mesh=2x2x4"], "--mesh=2x2x4 is of 16 devices; cpu:8 has 8."),
-        (["--devices=cpu:8", "--mesh=1x8x1"], "more expert partitions than experts"),
+        (["--devices=cpu:8", "--mesh=2x2x4"], "the mesh 2x2x4 is of 16 devices; cpu:8 has 8."),
+        (["--devices=cpu:8", "--mesh=1x8x1"], "8 expert and 1 model partitions, and the model 4 experts and 2 heads"),
+        (["--topology="], "--topology=: there is no TPU ''"),
+        (["--devices=cpu:6"], "asks for 2 expert x 2 model x 1 fsdp partitions, which do not divide the 6 devices"),
+        (["--devices=gpu:H100x4096", "--gin.NUM_EXPERT_PARTITIONS=1", "--gin.NUM_MODEL_PARTITIONS=1"], "no mesh of"),
         (["--devices=cpu:6", "--mesh=2x3x1"], "which 1 microbatch(es) x 6 batch shards do not divide"),
         (["--devices=gpu:H100x8", "--compile"], "XLA compiles for a GPU only where there is one"),
     ],
@@ -104,7 +107,11 @@ def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path: Path, capsys:
 def test_one_mesh_may_be_asked_for(tmp_path: Path):
     plan = planned(tmp_path, *tiny(), "--devices=cpu:8", "--mesh=2x2x2")
     assert [mesh["mesh"] for mesh in plan["meshes"]] == [{"data": 2, "expert": 2, "model": 2, "fsdp": 1}]
-    assert planned(tmp_path, *tiny(), "--devices=cpu:8")["devices"] == 8
+    # As the configuration does, where it sets partitions.
+    plan = planned(tmp_path, *tiny(), "--devices=cpu:16")
+    assert [mesh["mesh"] for mesh in plan["meshes"]] == [{"data": 4, "expert": 2, "model": 2, "fsdp": 1}]
+    open_partitions = ("--gin.NUM_EXPERT_PARTITIONS=1", "--gin.NUM_MODEL_PARTITIONS=1")
+    assert len(planned(tmp_path, *tiny(), "--devices=cpu:8", *open_partitions)["meshes"]) > 5
 
 
 def test_what_a_configuration_leaves_open_need_not_be_given(tmp_path: Path):

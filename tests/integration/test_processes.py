@@ -22,6 +22,8 @@ LOCAL = Path(__file__).parents[2] / "scripts" / "launch" / "local.sh"
 STEPS = 20
 RUN = ("--gin.DataConfig.num_shards=4", "--gin.CHECKPOINT_PERIOD=10", f"--gin.TRAIN_STEPS={STEPS}")
 ONE_DEVICE = ("--gin.NUM_EXPERT_PARTITIONS=1", "--gin.NUM_MODEL_PARTITIONS=1", "--gin.RuntimeConfig.num_cpu_devices=1")
+FSDP = "--gin.MeshConfig.num_fsdp_partitions=2"
+EXPLICIT = ("--gin.NUM_EXPERT_PARTITIONS=4", "--gin.NUM_MODEL_PARTITIONS=1", "--gin.MoEConfig.exchange='all_to_all'")
 # Sums in another order differ in float32's last digits, and updates carry that on.
 RTOL = 2e-5
 
@@ -126,19 +128,20 @@ def test_two_processes_make_the_run_of_one(one_process: Path, two_processes: tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--gin.MeshConfig.num_fsdp_partitions=2"],
-        ["--gin.NUM_EXPERT_PARTITIONS=4", "--gin.NUM_MODEL_PARTITIONS=1", "--gin.MoEConfig.exchange='all_to_all'"],
-    ],
-    ids=["fsdp, expert, model", "all_to_all"],
-)
-def test_four_processes_make_the_run_of_one(
-    program: Program, one_process: Path, tmp_path: Path, flags: list[str]
+def test_four_processes_make_the_run_of_one(program: Program, one_process: Path, tmp_path: Path) -> None:
+    model_dir = tmp_path / "run"
+    together(program, model_dir, 4, 2, *RUN, *EXPLICIT)
+    assert_same_losses(one_process, model_dir)
+
+
+@pytest.mark.slow
+def test_four_processes_begin_and_two_go_on_along_other_axes(
+    program: Program, one_process: Path, tmp_path: Path
 ) -> None:
     model_dir = tmp_path / "run"
-    together(program, model_dir, 4, 2, *RUN, *flags)
+    together(program, model_dir, 4, 2, *RUN, FSDP, "--gin.TRAIN_STEPS=10")
+    shutil.rmtree(model_dir / "tensorboard")
+    together(program, model_dir, 2, 4, *RUN, *EXPLICIT)
     assert_same_losses(one_process, model_dir)
 
 

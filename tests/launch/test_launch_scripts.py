@@ -42,7 +42,7 @@ SAYS = {
     ],
     "gke_jobset.sh": [
         "parallelism: 2",
-        "gke-tpu-topology: 2x2x2",
+        "gke-tpu-topology: '2x2x2'",
         "command: ['switch-t5', 'train', '--gin_file=runs/pretrain.gin', '--gin.TEXTS=two words', "
         "'--gin.RuntimeConfig.find_processes=True']",
     ],
@@ -73,7 +73,12 @@ def test_a_dry_run_says_what_would_be_done(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_flag_or_a_missing_command_is_one_sentence(script: str) -> None:
-    for words, sentence in (((*FLAGS[script], "--dry-run"), "is missing"), (("--what=1", "train"), "no flag --what=1")):
+    first = FLAGS[script][0].partition("=")[0]
+    for words, sentence in (
+        ((*FLAGS[script], "--dry-run"), "is missing"),
+        (("--what=1", "train"), "no flag --what=1"),
+        ((first, "2", "train"), f"write {first}="),
+    ):
         done = run(script, *words)
         assert done.returncode == 2
         assert done.stderr.startswith(f"{script}: ") and sentence in done.stderr
@@ -96,13 +101,18 @@ def test_the_exit_code_is_that_of_the_process_that_failed_first(tmp_path: Path) 
     ("flag", "sentence"),
     [
         ("--hosts=2.5", "--hosts is a number of 1 or more, got 2.5."),
-        ("--restarts=none", "--restarts is a number of 1 or more, got none."),
+        ("--restarts=none", "--restarts is a number, got none."),
         ("--topology=2x2xtwo", "--topology is such as 4x4x8, got 2x2xtwo."),
         (
             "--topology=4x4x8",
             "a slice of 4x4x8 has 128 chips, which 2 hosts of 4 do not add up to; set --hosts or --chips.",
         ),
-        ("--claim=disk\nhostNetwork: true", "--claim is a name without spaces, got disk\nhostNetwork: true."),
+        (
+            "--claim=disk\nhostNetwork: true",
+            "--claim is a name of small letters, digits and hyphens, got disk\nhostNetwork: true.",
+        ),
+        ("--name=Run_1", "--name is a name of small letters, digits and hyphens, got Run_1."),
+        ("--image=two words", "--image is a name without spaces, got two words."),
     ],
 )
 def test_a_job_set_that_no_cluster_could_run_is_refused(flag: str, sentence: str) -> None:
@@ -110,9 +120,19 @@ def test_a_job_set_that_no_cluster_could_run_is_refused(flag: str, sentence: str
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gke_jobset.sh: {sentence}\n")
 
 
-def test_a_port_that_cannot_be_is_refused() -> None:
-    done = run("local.sh", "--port=70000", "--dry-run", "train")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "local.sh: --port is at most 65535, got 70000.\n")
+@pytest.mark.parametrize(
+    ("script", "flag", "sentence"),
+    [
+        ("local.sh", "--port=70000", "--port is at most 65535, got 70000."),
+        ("local.sh", "--processes=18446744073709551617", "18446744073709551617 is not a number from 1 to 999999."),
+        ("slurm.sh", "--gpus=18446744073709551616", "--nodes and --gpus are numbers, got 1 and 18446744073709551616."),
+        ("slurm.sh", "--time=", "write --time=VALUE, in one word."),
+        ("tpu_pod.sh", "--name=--help", "--name is a TPU VM, and none is called --help."),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(script: str, flag: str, sentence: str) -> None:
+    done = run(script, flag, "--dry-run", "train")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{script}: {sentence}\n")
 
 
 def test_a_number_with_a_leading_zero_is_refused_and_not_read_as_octal() -> None:

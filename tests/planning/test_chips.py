@@ -24,12 +24,16 @@ def test_a_slice_is_known_by_its_name(name: str, chip: str, devices: int):
     [
         ("v5:16x16", "there is no TPU 'v5'. Did you mean 'v5p'?"),
         ("tpu:4x4", "There are v4, v5e, v5p, v6e"),
-        ("v5e:16x32", "no slice '16x32'; near it are v5e:16x16, v5e:8x16, v5e:8x8."),
-        ("v5p:8x8", "no slice '8x8'; near it are v5p:4x4x4,"),
-        ("v5p:16x24x24", "no slice '16x24x24'; near it are v5p:16x16x24,"),
-        ("v5e", "no slice ''; near it are v5e:1x1, v5e:4x8, v5e:16x16."),
-        ("v5e:16*16", "no slice '16*16'; near it are v5e:16x16, v5e:8x16,"),
-        ("v5p:500", "no slice '500'; near it are v5p:8x8x8,"),
+        ("v5e:16x32", "near it are v5e:16x16, v5e:8x16, v5e:8x8."),
+        ("v5p:8x8", "near it are v5p:4x4x4,"),
+        ("v5p:16x24x24", "near it are v5p:16x16x24,"),
+        ("v5e", "near it are v5e:1x1, v5e:4x8, v5e:16x16."),
+        ("v5e:16*16", "near it are v5e:16x16, v5e:8x16,"),
+        ("v5e-16x16", "near it are v5e:16x16, v5e:8x16,"),
+        ("V5E:4x4", "near it are v5e:4x4,"),
+        ("v5litepod-256", "near it are v5e:16x16,"),
+        ("v5p:08x8x8", "near it are v5p:8x8x8,"),
+        ("v5p:500", "near it are v5p:8x8x8,"),
     ],
 )
 def test_a_slice_that_does_not_exist_is_refused_with_what_is_near(name: str, said: str):
