@@ -138,12 +138,12 @@ def array_errors(what: str) -> Iterator[None]:
 
     Raises:
       CheckpointDamaged: it is.
-      UserError: its URL is out of reach, which says nothing about the array.
+      UserError: it is out of reach, by its URL or for want of a permission, which says nothing about the array.
     """
     try:
         yield
     except ValueError as error:
-        if is_url(what) and _OUT_OF_REACH.match(str(error)):
+        if _OUT_OF_REACH.match(str(error)):
             raise _unreadable(what, error) from error
         raise CheckpointDamaged(f"{what} is damaged ({_first_line(error)}).") from error
 

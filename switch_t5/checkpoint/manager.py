@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from switch_t5.checkpoint import fingerprint, naming, snapshot
+from switch_t5.checkpoint.agreement import agreed, meet
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.run_folder import DIRECTORY, chosen_step, listed, run_and_step
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
@@ -175,7 +176,7 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=in_pieces(copies),
             data=DataPositionsSave(data_state),
-            manifest=ManifestSave(snapshot.fingerprints(leaves, copies)),
+            manifest=ManifestSave(snapshot.fingerprints(leaves, copies), leaves),
         )
         self._saving = step
         with self._save_errors():
@@ -259,11 +260,11 @@ class Checkpointer:
         reason = str(error).rsplit(": delete that folder", 1)[0]
         print(f"{reason}; it is now {aside.name}, and step {self.steps()[-2]} is used.", file=sys.stderr, flush=True)
         self._forget_manager()
-        _meet("damaged checkpoint seen")
+        meet("damaged checkpoint seen")
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(step)).rename(aside)
-        _meet("damaged checkpoint renamed")
+        meet("damaged checkpoint renamed")
 
     def _restore(self, abstract_state: Any, step: int, positions: Collection[str] | None) -> Restored:
         import orbax.checkpoint as ocp
@@ -273,10 +274,11 @@ class Checkpointer:
 
         step = self._existing(step)
         wanted = naming.named_leaves(abstract_state)
-        with self._read_errors(step):
+        with agreed(self._folder(step)), self._read_errors(step):
             manifest, saved = self._described(step)
             naming.check_fit(self._folder(step), wanted, saved, dtypes=True)
             data = self._manager.restore(step, args=ocp.args.Composite(data=DataPositionsRestore(positions)))["data"]
+        with self._read_errors(step):
             leaves = read_arrays(self._folder(step), wanted, saved, manifest)
         return Restored(naming.like(abstract_state, leaves), data, step)
 
@@ -295,8 +297,9 @@ class Checkpointer:
         from switch_t5.checkpoint import native_restore
 
         step = self._existing(step)
-        with self._read_errors(step):
+        with agreed(self._folder(step)), self._read_errors(step):
             manifest, saved = self._described(step)
+        with self._read_errors(step):
             return native_restore.restore_part(self._folder(step), name, abstract_part, saved, manifest)
 
     def fits(self, name: str, abstract_part: Any, step: int) -> bool:
@@ -343,13 +346,12 @@ class Checkpointer:
         Its files are checked; no array is read.
         """
         from switch_t5.checkpoint.manifest import check_files, read_manifest
-        from switch_t5.checkpoint.native_files import described
 
         folder = self._folder(step)
         manifest = read_manifest(folder)
         if manifest is not None:
             check_files(folder, manifest)
-            return manifest, described(folder, manifest.arrays)
+            return manifest, dict(manifest.leaves)
         items = self._manager.item_metadata(step)
         if "state" not in items:
             raise FileNotFoundError("it has no state")
@@ -449,11 +451,3 @@ def _largest_shard(leaf: Any) -> int:
     if not isinstance(leaf, jax.Array):
         return leaf.nbytes
     return max((shard.data.nbytes for shard in leaf.addressable_shards), default=0)
-
-
-def _meet(name: str) -> None:
-    """Waits for all processes of the run."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -1,8 +1,8 @@
-"""What a checkpoint must be: the fingerprint of each array and the files that hold them, in ``manifest/manifest.json``.
+"""What a checkpoint must be: its arrays and the files that hold them, in ``manifest/manifest.json``.
 
 The manifest is an item of Orbax's, and the last to be finished: when it is written every other file of the checkpoint
-is there under a temporary name, and all of them get their final name together. It has each array's fingerprint, each
-file's size and its CRC-32, but for large ones that hold nothing but arrays.
+is there under a temporary name, and all of them get their final name together. It has each array's shape, dtype and
+fingerprint, each file's size and its CRC-32, but for large ones that hold nothing but arrays.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from switch_t5.checkpoint.fingerprint import as_text
 from switch_t5.checkpoint.folder import file_names, is_url, read_file, read_range
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
+from switch_t5.errors import UserError
 
 ITEM = "manifest"
 PROMISE = {"manifest": True}
 """Stands in the metadata of a checkpoint that has a manifest: one that lost it is no older one."""
 _FILE = "manifest.json"
+_VERSION = 2
+_LONGEST_PATH = 1000
 _SMALL = 1 << 20
 _ARRAYS = "d"
 """Folders of this name are OCDBT's, of values; in small ones lie its nodes too."""
@@ -42,20 +47,21 @@ class ManifestHandler(ocp.CheckpointHandler):
     """Writes the manifest when all items before it are finished."""
 
     def __init__(self) -> None:
-        self._produce: Callable[[], Mapping[str, Any]] | None = None
+        self._saving: ManifestSave | None = None
         self._written: Path | None = None
 
     def save(self, directory: epath.Path, args: ManifestSave) -> None:
         """Remembers the fingerprints: they are still being computed."""
-        self._produce = args.fingerprints
+        self._saving = args
 
     def finalize(self, directory: epath.Path) -> None:
         """Writes the manifest; process 0 alone is called."""
-        assert self._produce is not None
-        arrays = {name: as_text(sums) for name, sums in self._produce().items()}
-        self._produce = None
+        assert self._saving is not None
+        sums, leaves = self._saving.fingerprints(), self._saving.leaves
+        self._saving = None
+        arrays = {name: [leaf.shape, leaf.dtype.name, as_text(sums[name])] for name, leaf in leaves.items()}
         checkpoint = Path(directory).parent
-        content = {"version": 1, "arrays": arrays, "files": _files(checkpoint)}
+        content = {"version": _VERSION, "arrays": arrays, "files": _files(checkpoint)}
         # Its own checksum goes before it, so that a flipped bit in the manifest is told from one in an array.
         text = json.dumps(content, sort_keys=True)
         with open(Path(directory) / _FILE, "w") as file:
@@ -87,9 +93,14 @@ class ManifestSave(ocp.args.CheckpointArgs):
 
     Attributes:
       fingerprints: called in the background; gives two uint32 an array, by name.
+      leaves: the arrays, or what has their shape and dtype, which is all that is kept of them.
     """
 
     fingerprints: Callable[[], Mapping[str, Any]]
+    leaves: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self.leaves.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +108,13 @@ class Manifest:
     """What a checkpoint must be.
 
     Attributes:
-      arrays: the fingerprint of each by name, as :func:`switch_t5.checkpoint.fingerprint.as_text` writes it.
+      leaves: shape and dtype of each array, by name.
+      fingerprints: of each, as :func:`switch_t5.checkpoint.fingerprint.as_text` writes it.
       files: size and, but for large ones of arrays, CRC-32, by path in the checkpoint.
     """
 
-    arrays: Mapping[str, str]
+    leaves: Mapping[str, jax.ShapeDtypeStruct]
+    fingerprints: Mapping[str, str]
     files: Mapping[str, tuple[int, str | None]]
 
 
@@ -113,6 +126,7 @@ def read_manifest(checkpoint: str | Path) -> Manifest | None:
 
     Raises:
       CheckpointDamaged: the manifest is damaged, or gone from a checkpoint that had one.
+      UserError: it is of another version.
     """
     path = f"{checkpoint}/{ITEM}/{_FILE}"
     found = read_file(str(checkpoint), f"{ITEM}/{_FILE}")
@@ -125,14 +139,33 @@ def read_manifest(checkpoint: str | Path) -> Manifest | None:
         if end or f"{zlib.crc32(text.encode()):08x}" != checksum:
             raise ValueError("its checksum differs")
         content = json.loads(text)
-        files = {name: (operator.index(entry[0]), entry[1]) for name, entry in content["files"].items()}
-        arrays = content["arrays"]
-        if not arrays or not all(isinstance(text, str) and text.isprintable() for text in (*arrays, *arrays.values())):
-            raise ValueError("it names no arrays")
-        return Manifest(arrays, files)
+        version = operator.index(content["version"])
+        if version == _VERSION:
+            return _manifest(content)
     # A hostile file may nest, and hold anything anywhere.
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise CheckpointDamaged(f"{path} is damaged ({str(error)[:100]}).") from error
+    raise UserError(
+        f"{path} is of version {version}, and this release reads version {_VERSION}: use that which saved it."
+    )
+
+
+def _manifest(content: Any) -> Manifest:
+    """A manifest of its JSON; any of many errors where that is another."""
+    leaves, fingerprints = {}, {}
+    for name, (shape, dtype, sums) in content["arrays"].items():
+        leaves[name] = jax.ShapeDtypeStruct(tuple(map(operator.index, shape)), jnp.dtype(dtype))
+        fingerprints[name] = sums
+    if not leaves or not all(
+        isinstance(text, str) and text.isprintable() for text in (*leaves, *fingerprints.values())
+    ):
+        raise ValueError("it names no arrays")
+    files = {name: (operator.index(entry[0]), entry[1]) for name, entry in content["files"].items()}
+    for name in files:
+        parts = name.split("/")
+        if ".." in parts or "" in parts or len(name) > _LONGEST_PATH or not name.isprintable():
+            raise ValueError(f"it names the file {name[:50]!r}, which no checkpoint has")
+    return Manifest(leaves, fingerprints, files)
 
 
 def _is_promised(checkpoint: str) -> bool:
@@ -187,7 +220,7 @@ def check_arrays(checkpoint: str | Path, manifest: Manifest, found: Mapping[str,
       CheckpointDamaged: names the first that differs.
     """
     for name, sums in found.items():
-        if name in manifest.arrays and as_text(sums) != manifest.arrays[name]:
+        if as_text(sums) != manifest.fingerprints.get(name):
             raise CheckpointDamaged(f"{checkpoint}: {name} is damaged: its values are not those that were saved.")
 
 

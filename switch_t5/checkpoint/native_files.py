@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import tensorstore as ts
 
@@ -15,9 +15,11 @@ from switch_t5.checkpoint.fingerprint import Running
 from switch_t5.checkpoint.folder import array_errors, is_url, key_value_store
 from switch_t5.checkpoint.manifest import Manifest, check_arrays, check_files, read_manifest
 from switch_t5.checkpoint.naming import SEPARATOR
-from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, Index, OpenCheckpoint, StoredArray, pieces
+from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint, StoredArray, pieces
 
 _NAME_SEPARATOR = "."
+_LARGEST_CHUNK = 1 << 32
+"""Bytes; pieces of ours are of 64 MB, or an expert's kernel."""
 _REMOTE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})  # Where each look at an index is a request.
 
 
@@ -27,12 +29,10 @@ def open_native(folder: str, step: int, leaves: Mapping[str, Any]) -> OpenCheckp
     Args:
       folder: ``MODEL_DIR/checkpoints/<step>``.
       step: which.
-      leaves: shape and dtype of each array by name, as the checkpoint's metadata say.
+      leaves: shape and dtype of each array by name, as its manifest says, or Orbax's metadata where there is none.
     """
     arrays = {
-        name: StoredArray(
-            tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(_read, folder, name, tuple(leaf.shape))
-        )
+        name: StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(_read, folder, name, leaf))
         for name, leaf in leaves.items()
     }
     return OpenCheckpoint(folder, "native", arrays, step)
@@ -46,39 +46,30 @@ def open_array(folder: str, name: str) -> ts.Future[ts.TensorStore]:
     return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True, context=context)
 
 
-def described(folder: str, names: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of arrays in the folder of a checkpoint, by name.
-
-    Raises:
-      CheckpointDamaged: one of them cannot be opened.
-    """
-    with array_errors(folder):
-        opening = {name: open_array(folder, name) for name in names}
-        opened = {name: future.result() for name, future in opening.items()}
-    return {
-        name: jax.ShapeDtypeStruct(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
-        for name, store in opened.items()
-    }
-
-
-def _read(folder: str, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+def _read(folder: str, name: str, leaf: Any, index: Index) -> np.ndarray:
     with array_errors(f"{folder}: {name}"):
         opened = open_array(folder, name).result()  # Anew each time: a thousand open arrays would hold their caches.
-        check_opened(opened, shape)
+        check_opened(opened, leaf)
         return opened[index].read().result()
 
 
-def check_opened(opened: ts.TensorStore, shape: tuple[int, ...]) -> None:
+def check_opened(opened: ts.TensorStore, leaf: Any) -> None:
     """Checks, before it is read, that an array is what the checkpoint says.
 
+    Args:
+      opened: the array.
+      leaf: its shape and dtype.
+
     Raises:
-      ValueError: its shape is another, or its chunks are larger than it: tensorstore would take the room of a whole
-        one, and abort.
+      ValueError: they are others, or its chunks are larger than it, or than any of ours: tensorstore would take the
+        room of a whole one, and abort.
     """
-    if tuple(opened.shape) != shape:
-        raise ValueError(f"its shape is {tuple(opened.shape)} and not {shape}")
-    chunk = tuple(opened.chunk_layout.read_chunk.shape or ())
-    if any((part or 1) > max(1, size) for size, part in zip(shape, chunk, strict=True)):
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    if tuple(opened.shape) != shape or opened.dtype.numpy_dtype != dtype:
+        raise ValueError(f"it is {opened.dtype.name}{list(opened.shape)} and not {dtype}{list(shape)}")
+    chunk = [part or 1 for part in opened.chunk_layout.read_chunk.shape or ()]
+    is_larger = any(part > max(1, size) for size, part in zip(shape, chunk, strict=True))
+    if is_larger or math.prod(chunk) * dtype.itemsize > _LARGEST_CHUNK:
         raise ValueError(f"its chunks are {chunk}")
 
 
@@ -123,11 +114,9 @@ def verify(checkpoint: OpenCheckpoint) -> int:
     if manifest is None:
         return 0
     check_files(folder, manifest)
-    for name in manifest.arrays:
-        if name not in checkpoint.arrays:
-            raise CheckpointDamaged(f"{folder} lacks {name}.")
-        _check(folder, manifest, name, checkpoint.arrays[name])
-    return len(manifest.arrays)
+    for name, array in checkpoint.arrays.items():
+        _check(folder, manifest, name, array)
+    return len(checkpoint.arrays)
 
 
 def _check(folder: str, manifest: Manifest, name: str, array: StoredArray) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from switch_t5.checkpoint import naming, native_restore
 from switch_t5.checkpoint.folder import file_names
 from switch_t5.checkpoint.manifest import METADATA, Manifest, check_files, read_manifest
-from switch_t5.checkpoint.native_files import described, open_native
+from switch_t5.checkpoint.native_files import open_native
 from switch_t5.checkpoint.run_folder import DIRECTORY, chosen_step, run_and_step
 from switch_t5.checkpoint.stored_arrays import OpenCheckpoint
 from switch_t5.errors import UserError
@@ -33,7 +33,7 @@ def open_remote(url: str) -> OpenCheckpoint:
     folder = f"{directory}/{step}"
     manifest = _manifest(folder)
     check_files(folder, manifest)
-    return open_native(folder, step, described(folder, manifest.arrays))
+    return open_native(folder, step, manifest.leaves)
 
 
 def _manifest(folder: str) -> Manifest:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from switch_t5.checkpoint import fingerprint, naming
+from switch_t5.checkpoint.agreement import agreed
 from switch_t5.checkpoint.folder import array_errors
 from switch_t5.checkpoint.manifest import Manifest, check_arrays
 from switch_t5.checkpoint.native_files import check_opened, open_array
@@ -44,27 +45,18 @@ def read_arrays(
 
     Raises:
       CheckpointDamaged: names the first array that cannot be read or is not what was saved.
-      UserError: its URL is out of reach.
+      UserError: it is out of reach, or an array has more bits than JAX holds here.
     """
     found: dict[str, jax.Array] = {}
     checking: dict[str, Future[fingerprint.Parts]] = {}
-    problem: Exception | None = None
-    with ThreadPoolExecutor(1, "fingerprints") as background:
-        try:
-            for name, array in _as_they_come(folder, wanted, saved):
-                if manifest is not None:
-                    checking[name] = background.submit(fingerprint.begin, array)
-                # A fingerprint is of the bits that were saved.
-                found[name] = array if array.dtype == wanted[name].dtype else array.astype(wanted[name].dtype)
-        except (UserError, OSError) as error:
-            problem = error
+    with agreed(folder), ThreadPoolExecutor(1, "fingerprints") as background:
+        for name, array in _as_they_come(folder, wanted, saved):
+            if manifest is not None:
+                checking[name] = background.submit(fingerprint.begin, array)
+            # A fingerprint is of the bits that were saved.
+            found[name] = array if array.dtype == wanted[name].dtype else array.astype(wanted[name].dtype)
     if manifest is not None:
-        # Here processes meet, those that could not read too.
-        sums = fingerprint.finish({name: checking[name].result() if name in checking else [] for name in wanted})
-        if problem is None:
-            check_arrays(folder, manifest, sums)
-    if problem is not None:
-        raise problem
+        check_arrays(folder, manifest, fingerprint.finish({name: parts.result() for name, parts in checking.items()}))
     return found
 
 
@@ -104,7 +96,9 @@ def _as_they_come(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, An
     for name, leaf in wanted.items():
         with array_errors(f"{folder}: {name}"):
             opened = opening.pop(name).result()
-            check_opened(opened, tuple(saved[name].shape))
+            check_opened(opened, saved[name])
+        if jax.dtypes.canonicalize_dtype(saved[name].dtype) != saved[name].dtype:
+            raise UserError(f"{folder}: {name} is {saved[name].dtype}, which JAX holds only with jax_enable_x64 set.")
         boxes = _to_read({_box(index, leaf.shape) for index in _indices(leaf).values()})
         size = sum(map(_entries, boxes)) * opened.dtype.numpy_dtype.itemsize
         reading.append((name, size, {box: opened[_slices(box)].read() for box in boxes}))
@@ -123,6 +117,7 @@ def _placed(leaf: Any, values: dict[_Box, np.ndarray]) -> jax.Array:
         inside = tuple(slice(at - start, end - start) for (at, end), (start, _) in zip(box, around, strict=True))
         # Memory of its own: XLA could not give away NumPy's, and the first step would copy it.
         shards.append(jax.device_put(values[around][inside], device, may_alias=False))
+    jax.block_until_ready(shards)  # Until then JAX holds what was read, beside what is being read.
     return jax.make_array_from_single_device_arrays(tuple(leaf.shape), leaf.sharding, shards)
 
 

@@ -79,7 +79,7 @@ def save_streamed(
     items = ocp.args.Composite(
         state=in_pieces(leaves),
         data=DataPositionsSave({}),
-        manifest=ManifestSave(lambda: {name: leaf.running.sums for name, leaf in leaves.items()}),
+        manifest=ManifestSave(lambda: {name: leaf.running.sums for name, leaf in leaves.items()}, leaves),
     )
     directory = model_dir / DIRECTORY
     directory.mkdir()

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,17 +15,21 @@ import sys
 import textwrap
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switch_t5.checkpoint import fingerprint, native_restore
+from switch_t5.checkpoint.agreement import agreed
 from switch_t5.checkpoint.conversion import plan, write
 from switch_t5.checkpoint.fingerprint import Running, as_text, begin, finish, of_numpy
 from switch_t5.checkpoint.formats import open_checkpoint, read_checkpoint
@@ -194,9 +199,17 @@ def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_an_older_one(two, 
     [
         "[]",
         "3",
-        '{"files": {"a": []}, "arrays": {}}',
-        '{"files": {"a": ["5", null]}, "arrays": {"x": "0"}}',
-        '{"files": 3}',
+        '{"version": 2, "files": {}, "arrays": {}}',
+        '{"version": 2, "files": {"a": []}, "arrays": {"x": [[4], "int32", "0"]}}',
+        '{"version": 2, "files": {"a": ["5", null]}, "arrays": {"x": [[4], "int32", "0"]}}',
+        '{"version": 2, "files": {"/etc/hostname": [5, null]}, "arrays": {"x": [[4], "int32", "0"]}}',
+        '{"version": 2, "files": {"a/../../b": [5, null]}, "arrays": {"x": [[4], "int32", "0"]}}',
+        '{"version": 2, "files": {"%s": [5, null]}, "arrays": {"x": [[4], "int32", "0"]}}' % ("a" * 5000),
+        '{"version": 2, "files": {}, "arrays": {"x": [["4"], "int32", "0"]}}',
+        '{"version": 2, "files": {}, "arrays": {"x": [[4], "int33", "0"]}}',
+        '{"version": 2, "files": {}, "arrays": {"x": [[4], "int32"]}}',
+        '{"version": 2, "files": 3}',
+        '{"version": "2"}',
         "[" * 100_000,
     ],
 )
@@ -205,6 +218,59 @@ def test_a_hostile_manifest_is_damage(two, tmp_path, content):
     (tmp_path / "manifest" / "manifest.json").write_text(f"{zlib.crc32(content.encode()):08x}\n{content}\n")
     with pytest.raises(CheckpointDamaged, match=r"manifest\.json is damaged"):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_of_another_version_is_no_damage(tmp_path):
+    rewrite_manifest(tmp_path, lambda content: {"version": 3})
+    with pytest.raises(UserError, match="is of version 3, and this release reads version 2") as raised:
+        read_manifest(tmp_path)
+    assert not isinstance(raised.value, CheckpointDamaged)
+
+
+def rewrite_manifest(checkpoint: Path, change: Callable[[dict], dict]) -> None:
+    """Changes a manifest, or makes one, as somebody would who knows of its checksum."""
+    file = checkpoint / "manifest" / "manifest.json"
+    file.parent.mkdir(exist_ok=True)
+    content = json.loads(file.read_text().split("\n")[1]) if file.exists() else {}
+    text = json.dumps(change(content), sort_keys=True)
+    file.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk", "dtype", "promised", "said"),
+    [
+        (1 << 40, 1 << 40, "float32", [[600], "float32"], r"it is float32\[1099511627776\] and not float32\[600\]"),
+        (1 << 40, 1 << 40, "float32", [[1 << 40], "float32"], "its chunks are"),
+        (600, 600, "int32", [[600], "float32"], r"it is int32\[600\] and not float32\[600\]"),
+    ],
+    ids=["an absurd shape", "the manifest's too", "another dtype"],
+)
+def test_a_header_of_an_absurd_size_or_another_dtype_is_refused_before_anything_is_read(
+    two, tmp_path, shape, chunk, dtype, promised, said
+):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    folder = run / "checkpoints" / "2"
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/state/"}}
+    entries = ts.KvStore.open(store).result()
+    header = json.loads(entries["x/zarr.json"])
+    header |= {"shape": [shape], "data_type": dtype, "fill_value": 0}
+    header["chunk_grid"]["configuration"]["chunk_shape"] = [chunk]
+    for codec in header["codecs"]:
+        if codec["name"] == "sharding_indexed":
+            codec["configuration"]["chunk_shape"] = [chunk]
+    entries["x/zarr.json"] = json.dumps(header).encode()
+    rewrite_manifest(
+        folder,
+        lambda content: (
+            content | {"files": {}, "arrays": content["arrays"] | {"x": [*promised, content["arrays"]["x"][2]]}}
+        ),
+    )
+    with pytest.raises(CheckpointDamaged, match=said):
+        verify(open_checkpoint(str(folder)))
+    if promised[0] == [600]:
+        with Checkpointer(run, read_only=True) as checkpointer, pytest.raises(CheckpointDamaged, match=said):
+            checkpointer.restore(abstract(), 2)
 
 
 @pytest.mark.parametrize(
@@ -226,17 +292,86 @@ def test_a_disk_that_cannot_read_a_checkpoint_is_damage(two, tmp_path, monkeypat
     assert (run / "checkpoints" / "2.damaged").is_dir()
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_put_aside(two, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_opened_just_now_is_not_put_aside(two, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(two, run)
+    read, limits = native_restore.read_arrays, resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    def forbidden(*args: object, **more: object) -> object:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    def without_files(*args: object) -> object:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            return read(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
-    monkeypatch.setattr(native_restore, "read_arrays", forbidden)
-    with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
+    monkeypatch.setattr(native_restore, "read_arrays", without_files)
+    with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="cannot be read") as raised:
         checkpointer.restore(abstract())
+    assert not isinstance(raised.value, CheckpointDamaged)
     assert checkpointer.steps() == [1, 2]
+
+
+def test_no_more_is_read_ahead_than_there_is_room_for(two, monkeypatch):
+    begun: list[object] = []
+    to_read = native_restore._to_read
+    monkeypatch.setattr(native_restore, "_to_read", lambda boxes: begun.append(boxes) or to_read(boxes))
+    monkeypatch.setattr(native_restore, "_AHEAD", 0)
+    folder = str(two / "checkpoints" / "2")
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    coming = native_restore._as_they_come(folder, abstract(), manifest.leaves)
+    for count, (name, array) in enumerate(coming, start=1):
+        assert len(begun) == min(count + 1, 2)  # This one, and the one after it.
+        assert array.is_ready()
+        np.testing.assert_array_equal(array, state(2)[name])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "read"),
+    [
+        ({((0, 2), (0, 4)), ((2, 4), (0, 4))}, {((0, 4), (0, 4))}),
+        ({((0, 2), (0, 4)), ((3, 4), (0, 4))}, {((0, 2), (0, 4)), ((3, 4), (0, 4))}),
+        ({()}, {()}),
+    ],
+    ids=["side by side", "with a gap", "a scalar"],
+)
+def test_parts_are_read_at_once_where_they_leave_no_gap(boxes, read):
+    assert native_restore._to_read(boxes) == read
+
+
+def test_an_array_of_more_bits_than_jax_holds_is_no_damage(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": np.arange(3, dtype=np.float64)}, {})
+        wanted = {"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=state(0)["n"].sharding)}
+        with pytest.raises(UserError, match="x is float64, which JAX holds only with jax_enable_x64 set") as raised:
+            checkpointer.restore_part("", wanted)
+    assert not isinstance(raised.value, CheckpointDamaged)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "raised"),
+    [
+        (None, 0, None),
+        (None, 1, CheckpointDamaged),
+        (None, 2, UserError),
+        (CheckpointDamaged("it is"), 0, CheckpointDamaged),
+        (CheckpointDamaged("it is"), 2, UserError),
+        (RuntimeError("no memory"), 1, RuntimeError),
+    ],
+    ids=str,
+)
+def test_processes_fail_alike(monkeypatch, mine, others, raised):
+    """What one process of two makes of its own error and of the other's."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda value: np.stack([value, np.int32(others)]))
+    found: Exception | None = None
+    try:
+        with agreed("here"):
+            if mine is not None:
+                raise mine
+    except Exception as error:
+        found = error
+    assert type(found) is (raised or type(None))
 
 
 def test_an_older_checkpoint_stays_where_the_disk_does_not_keep_the_newer(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from switch_t5.checkpoint.conversion import plan
 from switch_t5.checkpoint.folder import array_errors
 from switch_t5.checkpoint.formats import format_of, open_checkpoint, read_checkpoint
 from switch_t5.checkpoint.load import load_params, load_state
+from switch_t5.checkpoint.native_files import verify
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.cli.main import main
 from switch_t5.errors import UserError
@@ -188,14 +189,15 @@ def test_a_manifest_that_names_no_arrays_is_damaged(bucket, tmp_path, arrays):
 def test_what_is_not_what_was_saved_is_not_started_from(bucket, tmp_path):
     wanted = abstract(state_of(SCANNED).params)
     shutil.copytree(bucket / "run", tmp_path / "run")
-    with_arrays({"params/embedding/table": "0" * 16})(tmp_path / "run" / MANIFEST)
+    table = wanted["embedding"]["table"]
+    with_arrays({"params/embedding/table": [table.shape, "float32", "0" * 16]})(tmp_path / "run" / MANIFEST)
     with pytest.raises(UserError, match="params/embedding/table is damaged: its values are not those that were saved"):
         load_params(f"file://{tmp_path}/run", SCANNED, wanted)
     shutil.copytree(bucket / "run", tmp_path / "other")
     largest = max((tmp_path / "other").rglob("d/*"), key=lambda path: path.stat().st_size)
-    with_arrays({"params/none": "0" * 16})(tmp_path / "other" / MANIFEST)
-    with pytest.raises(UserError, match=r"^file://.*/17 is damaged \("):
-        open_checkpoint(f"file://{tmp_path}/other")
+    with_arrays({"params/none": [[2], "float32", "0" * 16]})(tmp_path / "other" / MANIFEST)
+    with pytest.raises(UserError, match=r"^file://.*/17: params/none is damaged \("):
+        verify(open_checkpoint(f"file://{tmp_path}/other"))
     cut(largest)
     with pytest.raises(UserError, match=r"is shorter than [\d,]+ bytes\.$"):
         open_checkpoint(f"file://{tmp_path}/other")
