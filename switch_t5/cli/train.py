@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "TrainConfig.*_period",
     "TrainConfig.eval_batches",
     "TransformerConfig.remat_policy",
+    "MoEConfig.exchange",
     "CheckpointConfig.*",
     "MeshConfig.*",
     "RuntimeConfig.*",

@@ -113,7 +113,7 @@ def test_the_order_follows_the_seed(config: DataConfig) -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_restored_iterator_gives_exactly_the_following_batches(corpus: Path, merge: bool) -> None:
     name = text_task(f"resumed_{merge}", str(corpus), merge_documents=merge)
     config = DataConfig(name, LENGTHS, batch_size=4)
@@ -229,6 +229,7 @@ def shard_rows(rows: Iterable[int], owned: Iterable[int] = ()) -> BatchRows:
     return BatchRows(np.array([*rows]), np.array([*owned], int))
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_shards_rows_whoever_reads_them(config: DataConfig) -> None:
     config = dataclasses.replace(config, batch_size=8, num_shards=2)
     whole = take(BatchIterator(config, repeat=True), 3)

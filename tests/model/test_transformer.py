@@ -33,6 +33,7 @@ DENSE = TransformerConfig(
 # Every expert has room for a whole group.
 SPARSE = dataclasses.replace(DENSE, moe=MoEConfig(3, group_size=64, eval_capacity_factor=3.0))
 CONFIGS = {"dense": DENSE, "sparse": SPARSE}
+SPARSE_BY_DEFAULT = [pytest.param("dense", marks=pytest.mark.slow), "sparse"]
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def forward(config: TransformerConfig) -> Any:
     return run
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", SPARSE_BY_DEFAULT)
 def test_examples_packed_into_a_row_have_the_hidden_states_that_they_have_apart(kind: str) -> None:
     lengths = [(6, 4), (3, 5), (9, 3), (2, 2), (4, 6)]
     content = examples(lengths)
@@ -74,7 +75,7 @@ def test_examples_packed_into_a_row_have_the_hidden_states_that_they_have_apart(
             number += 1
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", SPARSE_BY_DEFAULT)
 def test_more_padding_changes_nothing(kind: str) -> None:
     content = examples([(6, 4), (3, 5), (9, 2)])
     tight, loose = unpacked(content, 9, 5), unpacked(content, 12, 8)

@@ -98,7 +98,12 @@ def assert_equal_within_rounding(results: tuple[list[Any], Any], reference: tupl
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), results[1], reference[1])
 
 
-@pytest.mark.parametrize("name", MESHES)
+ALONG_ALL = ("data 2, expert 2, model 2", "fsdp 2, expert 2, model 2", "data 2, fsdp 2, model 2, other rules")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALONG_ALL else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
 def test_every_mesh_trains_as_one_device_does(name: str) -> None:
     reference = run(MeshConfig(num_devices=1))
     assert reference[0][0]["router"]["encoder"].dropped > 0

@@ -150,9 +150,9 @@ def test_an_absolute_capacity_counts_for_each_sequence():
     assert forward_flops(dataclasses.replace(SPARSE, moe=moe), 4, 8, 4) == dense + encoder + decoder
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("moe", [None, SPARSE.moe])
+@pytest.mark.parametrize("moe", [pytest.param(None, marks=pytest.mark.slow), SPARSE.moe], ids=["dense", "sparse"])
 def test_the_operations_are_those_of_the_traced_model(moe: MoEConfig | None, scan_layers: bool, train: bool):
     config = dataclasses.replace(
         SPARSE, moe=moe, scan_layers=scan_layers, mlp_activations=("gelu", "linear"), tied_logits=False
