@@ -94,6 +94,7 @@ def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: pytest.C
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plan = planned(tmp_path, "--gin_file=models/switch_xxl_e128.gin", "--topology=v5e:16x16", code=2)
     sentence = capsys.readouterr().err.splitlines()[-1]

@@ -252,6 +252,7 @@ def test_shards_have_other_documents_and_other_masks(config: DataConfig) -> None
     assert sentinels[0].any() and not np.array_equal(*sentinels)
 
 
+@pytest.mark.slow
 def test_positions_that_some_processes_saved_are_gone_on_from_by_any_others(config: DataConfig) -> None:
     config = dataclasses.replace(config, num_shards=2)
     state: dict[str, bytes] = {}

@@ -71,6 +71,7 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one_bitwise(
     _assert_same_run(uninterrupted, model_dir, f"seed {seed}")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_says_how_to_go_on_and_changes_nothing(
     program: Program, uninterrupted: Path, tmp_path: Path
 ) -> None:
