@@ -212,9 +212,8 @@ def _why_nothing_fits(plan: Plan) -> str:
     from switch_t5.cli.plan_report import size
 
     if not plan.too_large:
-        reasons = {reason for _, reason in plan.refused}
-        shown = next(iter(sorted(reasons, key=len)))
-        return f"no mesh of {plan.topology.name} divides this model and batch; the simplest reason: {shown}"
+        nearest, reason = min(plan.refused, key=lambda refused: refused[0].batch_shards)
+        return f"no mesh of {plan.topology.name} divides this model and batch; of {nearest}, the nearest, {reason}"
     least: MeshPlan = plan.too_large[0]
     sentence = (
         f"the step does not fit on {plan.topology.name}: on the mesh {least.mesh} a device needs "
