@@ -322,7 +322,7 @@ def test_no_more_is_read_ahead_than_there_is_room_for(two, monkeypatch):
     coming = native_restore._as_they_come(folder, abstract(), manifest.leaves)
     for count, (name, array) in enumerate(coming, start=1):
         assert len(begun) == min(count + 1, 2)  # This one, and the one after it.
-        assert array.is_ready()
+        assert array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
         np.testing.assert_array_equal(array, state(2)[name])
 
 
