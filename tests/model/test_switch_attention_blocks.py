@@ -117,6 +117,7 @@ def test_the_bias_of_each_router_moves_against_its_own_load(scan_layers: bool) -
         np.testing.assert_array_equal(rows, rates[:, None] * np.sign(3 - loads))
 
 
+@pytest.mark.slow
 def test_greedy_decoding_says_what_teacher_forcing_finds_most_probable() -> None:
     model = Model(dataclasses.replace(CONFIG, num_encoder_layers=2))
     params = random_params(model, scale=0.7)

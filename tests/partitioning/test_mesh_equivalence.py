@@ -124,6 +124,7 @@ def test_sparse_attention_trains_on_a_mesh_as_on_one_device() -> None:
     assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
 
 
+@pytest.mark.slow
 def test_without_capacity_a_mesh_trains_and_drops_out_as_one_device_does() -> None:
     assert WITH_DROPOUT.moe is not None and WITH_DROPOUT.moe.expert_dropout_rate > 0
     config = dataclasses.replace(WITH_DROPOUT, moe=dataclasses.replace(WITH_DROPOUT.moe, dispatch="dropless"))
@@ -132,6 +133,7 @@ def test_without_capacity_a_mesh_trains_and_drops_out_as_one_device_does() -> No
     assert_equal_within_rounding(run(MESHES["data 2, expert 2, model 2"], config), reference)
 
 
+@pytest.mark.slow
 def test_an_explicit_all_to_all_trains_and_drops_out_as_one_device_does() -> None:
     assert WITH_DROPOUT.moe is not None
     config = dataclasses.replace(WITH_DROPOUT, moe=dataclasses.replace(WITH_DROPOUT.moe, exchange="all_to_all"))
