@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from switch_t5.cli.build import RunSpec
 
     spec = RunSpec.read(configuration)
+    mesh = args.mesh or configured_mesh(spec, topology)
     with configuration.locating_errors():
         workload, active = workload_of(spec)
         plan = make_plan(workload, topology, lambda workload, mesh: check_mesh(spec, workload, mesh))
-    mesh = args.mesh or configured_mesh(spec, topology)
     if mesh is not None:
         plan = _only(plan, mesh)
     from switch_t5.cli import plan_report
