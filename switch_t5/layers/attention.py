@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Protocol
 
 import jax
@@ -12,7 +13,7 @@ from switch_t5.layers.dropout import dropout
 from switch_t5.layers.initializers import Initialization, initializer
 from switch_t5.layers.parameter import parameter
 from switch_t5.layers.rematerialization import kept
-from switch_t5.partitioning.rules import constrain, num_shards
+from switch_t5.partitioning.rules import constrain, is_partitioned, num_shards, target_platform
 from switch_t5.types import Array
 
 Projection = Literal["query", "key", "value", "out"]
@@ -22,6 +23,9 @@ HEADS_AXES = ("batch", "heads", "length", "kv")
 
 MASKED = -1e10
 """Added to the logits of positions that must not be seen; exp of it is exactly 0 in float32."""
+
+_LARGE_LOGITS = 1 << 20
+"""Of one sequence, in entries: from here on a CPU computes those of one sequence at a time, which stay in its cache."""
 
 
 class SelfAttend(Protocol):
@@ -117,7 +121,8 @@ def into_heads(x: Array, kernel: nnx.Param) -> Array:
     """``[B, L, D]``, or what :func:`for_each_part_of_heads` makes of it, to ``[B, H, L, K]``."""
     matrix = kernel[...].astype(x.dtype)
     if x.ndim == 3:
-        heads = jnp.einsum("bld,dhk->bhlk", x, matrix)
+        # Of "bld,dhk->bhlk" XLA:CPU would make the transpose of a product, which takes half as long again.
+        heads = jnp.swapaxes(jnp.einsum("bld,dhk->blhk", x, matrix), 1, 2)
     else:
         parts = matrix.reshape(matrix.shape[0], len(x), -1, matrix.shape[-1])
         heads = jnp.einsum("pbld,dphk->bphlk", x, parts)
@@ -177,7 +182,15 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
     Returns:
       ``[batch, heads, query length, kv]``.
     """
-    return _attend_forward(query, key, value, mask, positions)[0]
+    # Without a derivative, that is; for one the probabilities of all are kept.
+    entries = math.prod(query.shape[1:3]) * key.shape[2]
+    if target_platform() != "cpu" or is_partitioned() or entries < _LARGE_LOGITS:
+        return _attend_forward(query, key, value, mask, positions)[0]
+
+    def one(sequence: tuple[Array, ...]) -> Array:
+        return _attend_forward(*(array[None] for array in sequence), positions)[0][0]
+
+    return jax.lax.map(one, (query, key, value, mask))
 
 
 def _attend_forward(

@@ -24,7 +24,7 @@ from switch_t5.model.transformer import SwitchTransformer
 from switch_t5.partitioning.rules import constrain
 from switch_t5.types import Array, Axes
 
-PAST_AXES: Axes = ("batch", None, "heads", "length", "kv")
+PAST_AXES: Axes = ("batch", "heads", "length", "kv")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["key", "value", "cross_key", "cross_value"], meta_fields=[])
@@ -33,7 +33,8 @@ class BlockCache:
     """What one block remembers; of scanned blocks, with a leading axis over repetitions.
 
     Attributes:
-      key: ``[batch, hypotheses, heads, max length, kv]``, of the tokens so far; zero past them.
+      key: ``[batch x hypotheses, heads, max length, kv]``, of the tokens so far; zero past them. Of the shape that
+        products take: XLA:CPU would write any other twice, once as the loop carries it and once as they want it.
       value: the same.
       cross_key: ``[batch, heads, encoder length, kv]``, of the input.
       cross_value: the same.
@@ -78,7 +79,7 @@ def new_cache(
 
     def start(block: Block, x: None, cache: None) -> tuple[None, BlockCache]:
         del cache
-        shape = (batch, hypotheses, config.num_heads, max_length, config.head_dim)
+        shape = (batch * hypotheses, config.num_heads, max_length, config.head_dim)
         past = constrain(jnp.zeros(shape, config.activation_dtype), PAST_AXES)
         attention = block.cross_attention
         return x, BlockCache(past, past, into_heads(encoded, attention.key), into_heads(encoded, attention.value))
@@ -111,9 +112,7 @@ def decode_token(
 
     def step(block: Block, x: Array, memory: BlockCache) -> tuple[Array, BlockCache]:
         positions = _positions(block, memory.key.shape[-2]) if cache.positions is None else cache.positions
-        bias = jax.lax.dynamic_index_in_dim(positions[0], position, axis=1, keepdims=False)
-        bias = jnp.where(jnp.arange(bias.shape[-1]) <= position, bias, MASKED)
-        attending = _SelfAttention(memory, bias, position)
+        attending = _SelfAttention(memory, jax.lax.dynamic_slice_in_dim(positions, position, 1, axis=2), position)
         y, _ = block.attend_to_self(block.self_attention_norm(x), inputs, None, attending)
         x = constrain(x + y, RESIDUAL_AXES)
         attention = block.cross_attention
@@ -138,7 +137,9 @@ def reorder(cache: DecoderCache, parents: Array) -> DecoderCache:
 
     def pick(past: Array) -> Array:
         def of_layer(past: Array) -> Array:
-            return constrain(jax.vmap(lambda rows, parents: rows[parents])(past, parents), PAST_AXES)
+            of_inputs = past.reshape(*parents.shape, *past.shape[1:])
+            picked = jax.vmap(lambda rows, parents: rows[parents])(of_inputs, parents)
+            return constrain(picked.reshape(past.shape), PAST_AXES)
 
         return of_layer(past) if past.ndim == len(PAST_AXES) else jax.lax.map(of_layer, past)
 
@@ -149,23 +150,27 @@ def reorder(cache: DecoderCache, parents: Array) -> DecoderCache:
 class _SelfAttention:
     """Writes one position's key and value into a block's past and attends to all of it."""
 
-    def __init__(self, memory: BlockCache, bias: Array, position: Array) -> None:
-        self.memory, self._bias, self._position = memory, bias, position
+    def __init__(self, memory: BlockCache, positions: Array, position: Array) -> None:
+        self.memory, self._positions, self._position = memory, positions, position
 
     def __call__(self, query: Array, key: Array, value: Array, *unused: Any, **also_unused: Any) -> Array:
         """``[batch, heads, hypotheses, kv]`` each, at one position, to the same."""
         del unused, also_unused
         key, value = (self._written(*pair) for pair in ((self.memory.key, key), (self.memory.value, value)))
         self.memory = dataclasses.replace(self.memory, key=key, value=value)
-        logits = jnp.einsum("bhwk,bwhtk->bwht", query, key).astype(jnp.float32) + self._bias
-        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        context = jnp.einsum("bwht,bwhtk->bwhk", weights.astype(query.dtype), value) / total
-        return jnp.swapaxes(context.astype(query.dtype), 1, 2)
+        seen = jnp.where(jnp.arange(key.shape[2]) <= self._position, 0.0, MASKED)[None, None, None]
+        context = attend(_by_hypothesis(query), key, value, seen, self._positions)
+        return jnp.swapaxes(context.reshape(query.shape[0], query.shape[2], query.shape[1], -1), 1, 2)
 
     def _written(self, past: Array, new: Array) -> Array:
-        new = jnp.swapaxes(new, 1, 2)[:, :, :, None].astype(past.dtype)
-        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new, self._position, axis=3), PAST_AXES)
+        new = _by_hypothesis(new).astype(past.dtype)
+        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new, self._position, axis=2), PAST_AXES)
+
+
+def _by_hypothesis(x: Array) -> Array:
+    """``[batch, heads, hypotheses, kv]`` to ``[batch x hypotheses, heads, 1, kv]``."""
+    batch, heads, hypotheses, kv = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(batch * hypotheses, heads, 1, kv)
 
 
 def _through(
