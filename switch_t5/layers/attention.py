@@ -188,7 +188,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
         return _attend_forward(query, key, value, mask, positions)[0]
 
     def one(sequence: tuple[Array, ...]) -> Array:
-        return _attend_forward(*(array[None] for array in sequence), positions)[0][0]
+        query, key, value, mask = (array[None] for array in sequence)
+        return _attend_forward(query, key, value, mask, positions)[0][0]
 
     return jax.lax.map(one, (query, key, value, mask))
 

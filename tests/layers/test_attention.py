@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from switch_t5.layers import attention
 from switch_t5.layers.attention import MASKED, Attention, attend, mask_bias
 from switch_t5.types import Array
+from tests.jaxprs import equations
 
 BATCH, HEADS, QUERIES, KEYS, FEATURES = 3, 2, 7, 9, 4
 
@@ -76,6 +78,26 @@ def test_attend_equals_a_float64_softmax_in_value_and_gradient(case: str, copies
     np.testing.assert_allclose(value * asked, expected, rtol=1e-5, atol=1e-6)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [0, 1], ids=lambda copies: f"{copies} position biases")
+def test_without_a_derivative_a_cpu_attends_one_sequence_at_a_time(
+    copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(2)
+    shapes = [(BATCH, HEADS, QUERIES, FEATURES), *[(BATCH, HEADS, KEYS, FEATURES)] * 2, (1, HEADS, QUERIES, KEYS)]
+    query, key, value, positions = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+    bias = jnp.where(visibility("padded", QUERIES, KEYS), 0.0, MASKED)
+    arguments = query, key, value, bias, positions if copies else None
+
+    def loops() -> bool:
+        program = jax.make_jaxpr(lambda *arguments: attend(*arguments))(*arguments)  # Not one traced before.
+        return any(equation.primitive.name == "scan" for equation in equations(program))
+
+    expected, looped = attend(*arguments), loops()
+    monkeypatch.setattr(attention, "_LARGE_LOGITS", HEADS * QUERIES * KEYS)
+    assert (looped, loops()) == (False, True)
+    np.testing.assert_allclose(attend(*arguments), expected, rtol=1e-6)
 
 
 def test_a_query_that_sees_no_key_gets_the_finite_mean_of_all_values() -> None:
