@@ -10,6 +10,7 @@ peers in the same process, in turn with it:
   same bytes into memory that is new, as a save's must be. How much longer the first step after it takes than a usual
   one stands beside it: a copy put off until then would show there, and so do the threads that write.
 - *save* runs until the checkpoint has its final name, beside one sequential write of as many bytes that ends in fsync.
+  Neither deletes or overwrites an earlier one meanwhile.
 - *restore* and *reshard* (onto four devices that share the experts) read files that the page cache has forgotten,
   beside one sequential read of as many bytes into one buffer, forgotten too.
 - *convert* is the command, with ``--verify``.
@@ -140,7 +141,14 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
         state = jax.block_until_ready(step(state))
 
     number = 0
-    with Checkpointer(folder, CheckpointConfig(keep=1)) as checkpointer:
+    with Checkpointer(folder, CheckpointConfig(keep=None)) as checkpointer:
+
+        def clear() -> None:
+            """Deletes what was written, but for what the other rows read."""
+            (Path(folder) / "plain").unlink(missing_ok=True)
+            for step in checkpointer.steps()[:-1]:
+                shutil.rmtree(checkpointer.directory / str(step))
+            os.sync()
 
         def save() -> None:
             nonlocal number
@@ -161,8 +169,11 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
             timed("blocks", save)
             timed("step after", run_step)
             checkpointer.wait()
+            clear()
             timed("write", lambda: write(Path(folder) / "plain", sizes["state_bytes"]))
             timed("save", save_whole)
+        clear()
+        write(Path(folder) / "plain", sizes["state_bytes"])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     blocks = {"what": "save blocks", "seconds": median["blocks"]}
     later = {"what": "the first step after it", "seconds": median["step after"]}

@@ -22,8 +22,8 @@ from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
 _CHUNK_BYTES = 1 << 26
 """Of the pieces that arrays are stored in: who reads a part of one, as conversions do, need not read the whole."""
 _LEAST_CHUNK_BYTES = 1 << 20
-_FILE_BYTES = 1 << 28
-"""Of the files that pieces are gathered into: a file is written while the next is being gathered."""
+_FILE_BYTES = 1 << 26
+"""Of the files that pieces are gathered into: files are synced while others are gathered, and of large ones few are."""
 
 
 def in_pieces(arrays: Mapping[str, Any]) -> ocp.args.PyTreeSave:
