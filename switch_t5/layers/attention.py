@@ -78,7 +78,7 @@ class Attention(nnx.Module):
           queries: ``[batch, query length, embed]``.
           memory: ``[batch, key length, embed]``, or of :func:`for_each_part_of_heads`; the queries themselves in
             self-attention.
-          mask: ``[batch, 1, query length, key length]`` float32, of :func:`mask_bias`.
+          mask: ``[batch, 1, query length, key length]`` float32, of :func:`mask_bias`; one query's may stand for all.
           positions: ``[batch shards, heads, query length, key length]`` float32; None in cross-attention.
           dropout_rate: of the attention probabilities.
           rng: None in evaluation.
@@ -175,7 +175,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
       query: ``[batch, heads, query length, kv]``.
       key: ``[batch, heads, key length, kv]``.
       value: ``[batch, heads, key length, kv]``.
-      mask: ``[batch, 1, query length, key length]`` float32; it has no derivative.
+      mask: ``[batch, 1, query length, key length]`` float32, or one query's for all; it has no derivative.
       positions: ``[shards, heads, query length, key length]`` float32, a copy for each of so many equal parts of the
         batch; or None.
 

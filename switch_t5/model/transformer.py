@@ -87,7 +87,9 @@ class SwitchTransformer(nnx.Module):
           ``[batch, length, embed]`` and the encoder's router statistics.
         """
         mask = tokens > 0
-        bias = mask_bias(mask, mask, query_segments=segments, key_segments=segments)
+        # Nobody reads what padding attends to. Where nothing is packed one row is then the mask of all queries.
+        queries = jnp.ones_like(mask[:, :1]) if segments is None else mask
+        bias = mask_bias(queries, mask, query_segments=segments, key_segments=segments)
         inputs = BlockInputs(
             tokens, mask, bias, None, None, None, self.config.sequences_per_group(tokens.shape[1]), train
         )
