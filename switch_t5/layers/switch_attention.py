@@ -197,8 +197,8 @@ class SwitchAttention(nnx.Module):
 
         Args:
           x: ``[batch, length, embed]``.
-          mask: ``[batch, 1, length, length]`` float32, of :func:`switch_t5.layers.attention.mask_bias`, or one query's for
-            all.
+          mask: ``[batch, 1, length, length]`` float32, of :func:`switch_t5.layers.attention.mask_bias`, or one query's
+            for all.
           positions: ``[batch shards, heads, length, length]`` float32, or None.
           real: ``[batch, length]`` bool, False for padding.
           tokens: ``[batch, length]`` int32, entries of the vocabulary, for hash routing.

@@ -40,8 +40,8 @@ class BlockInputs:
     Attributes:
       tokens: ``[batch, length]`` int32, the stack's input.
       mask: ``[batch, length]`` bool, False for padding.
-      self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see; ``[batch, 1, 1, length]`` where
-        that is the same for all queries.
+      self_mask: ``[batch, 1, length, length]`` float32, what self-attention must not see; ``[batch, 1, 1, length]``
+        where that is the same for all queries.
       positions: ``[batch shards, heads, length, length]`` float32, the relative position bias; None where
         each block has one.
       encoded: ``[batch, encoder length, embed]``, the encoder's output, or a copy for each part of the heads; None in
