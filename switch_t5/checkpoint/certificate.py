@@ -35,6 +35,7 @@ def check_certificate(checkpoint: OpenCheckpoint) -> int:
             raise CheckpointDamaged(f"{checkpoint.path} lacks {name}, which {file} names.")
         if as_text(fingerprint_of(checkpoint.arrays[name])) != fingerprint:
             raise CheckpointDamaged(
-                f"{checkpoint.path}: {name} is damaged, or was changed since: its values are not those of {file}."
+                f"{checkpoint.path}: {name} is damaged, or was changed since: its values are not those of {file}; "
+                "remove that file if they were meant to change."
             )
     return len(promised)

@@ -28,8 +28,10 @@ from switch_t5.checkpoint.folder import is_url, read_file
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import write_huggingface
 from switch_t5.checkpoint.load import untold
+from switch_t5.checkpoint.manifest import METADATA
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
+from switch_t5.checkpoint.run_folder import DIRECTORY
 from switch_t5.checkpoint.stored_arrays import Index, Produce, StoredArray, pieces
 from switch_t5.checkpoint.streamed_save import save_streamed
 from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
@@ -84,11 +86,25 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
         raise UserError(f"--to={to} must be a local or mounted folder.")
     folder = Path(to).absolute()  # As Orbax and tensorstore want it.
     path = {NATIVE: folder, T5X: folder / f"{FOLDER}{step}", HUGGING_FACE: folder}[form]
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    _check_apart(path, source.reader.checkpoint.path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--to: {path} is a file: name a folder.")
+    if path.exists() and any(path.iterdir()):
         raise _occupied(path)
     if os.path.ismount(path):
         raise UserError(f"--to: {path} is where a disk is mounted, which no new folder can replace: name one below it.")
     return Target(path, form, places, arrays, moments is not None)
+
+
+def _check_apart(path: Path, source: str) -> None:
+    """Refuses a target among a run's checkpoints or in a checkpoint, whose reader would take it for a part of that."""
+    real = Path(os.path.realpath(path))
+    for folder in real.parents:
+        inside = (folder / METADATA).exists() or (not is_url(source) and folder == Path(os.path.realpath(source)))
+        run = folder.name == DIRECTORY and any(folder.glob(f"[0-9]*/{METADATA}"))
+        if inside or run:
+            what = "is inside of the checkpoint" if inside else "would lie among a run's checkpoints, in"
+            raise UserError(f"--to: {path} {what} {folder}: name a folder elsewhere.")
 
 
 def _check_what_no_array_tells(source: Recognised) -> None:
@@ -120,6 +136,8 @@ def _occupied(path: Path) -> UserError:
 def _layout(architecture: Architecture, form: str, scanned: bool) -> tuple[Layout, dict[str, int]]:
     periods = native_layout.periods(architecture)
     if form == HUGGING_FACE:
+        if scanned:
+            raise UserError("--scanned: transformers stacks no blocks; leave it out of --format=huggingface.")
         return huggingface.layout_of(architecture), {}
     if form == NATIVE:
         return native_layout.layout_of(architecture, scan_layers=scanned), periods
@@ -158,13 +176,27 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
     Raises:
       UserError: the disk is full or cannot be written, or another conversion was there first; nothing is left.
     """
-    writable_directory(target.path.parent, "--to")
     untouched = storage_errors(f"Writing {target.path}", "what stood there before is untouched")
-    with _partial(target.path) as partial, untouched:
+    with _folder_above(target.path), _partial(target.path) as partial, untouched:
         certificate = _fill(partial, source, target, tokenizer)
         os.sync()  # Once, and not for each of thousands of files; what gets its name after it is on the disk.
         _put_in_place(partial, target.path)
     return certificate
+
+
+@contextlib.contextmanager
+def _folder_above(path: Path) -> Iterator[None]:
+    """Makes the folder of a path, and removes it again where it is new and what fails inside leaves it empty."""
+    above = path.parent
+    new = not above.exists()
+    writable_directory(above, "--to")
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                above.rmdir()
+        raise
 
 
 @contextlib.contextmanager

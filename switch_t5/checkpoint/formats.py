@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from switch_t5.checkpoint import huggingface, native_layout, t5x
@@ -13,6 +13,7 @@ from switch_t5.checkpoint.folder import entries, has_file, is_url
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
 from switch_t5.checkpoint.huggingface_files import CONFIG, PICKLES, WEIGHTS, WEIGHTS_INDEX, open_huggingface
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
+from switch_t5.checkpoint.manifest import METADATA
 from switch_t5.checkpoint.native_files import checked, open_native
 from switch_t5.checkpoint.native_remote import open_remote
 from switch_t5.checkpoint.recognition import Recognised, check_whole, recognise
@@ -49,13 +50,21 @@ def format_of(path: str) -> tuple[str, str]:
             return T5X, f"{place}/{FOLDER}{max(whole or steps)}"
         if any(name.startswith(("target.", "state.")) for name in names):
             return T5X, place
+        if METADATA in names:
+            where = f"MODEL_DIR/{DIRECTORY}/<step>"
+            raise UserError(f"{path} is a checkpoint of ours outside of a run: move it to {where}.")
         if os.path.basename(place) != DIRECTORY:
-            what = "is no checkpoint" if names else "is empty" if os.path.isdir(place) else "does not exist"
             raise UserError(
-                f"{path} {what}: name a MODEL_DIR of ours, a T5X folder (with the file {INDEX!r}) or a Hugging Face "
-                f"folder (with {CONFIG} and {WEIGHTS})."
+                f"{path} {_what_is_there(place, names)}: name a MODEL_DIR of ours, a T5X folder (with the file "
+                f"{INDEX!r}) or a Hugging Face folder (with {CONFIG} and {WEIGHTS})."
             )
     return NATIVE, place
+
+
+def _what_is_there(place: str, names: Collection[str]) -> str:
+    if names:
+        return "is no checkpoint"
+    return "is empty" if os.path.isdir(place) else "is a file" if os.path.isfile(place) else "does not exist"
 
 
 def _steps(names: Iterable[str]) -> list[int]:

@@ -159,8 +159,9 @@ def _count(config: Mapping[str, Any], name: str, path: str, default: int | None 
     value = config.get(name, default)
     value = default if value is None else value
     # The largest released number is a vocabulary's; beyond it a damaged or hostile file must not size anything.
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1 << 24:
-        raise UserError(f"{path}/config.json has {name} = {value!r}, where a positive integer belongs.")
+    most = 1 << 24
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(f"{path}/config.json has {name} = {value!r}, where a number from {least} to {most:,} belongs.")
     return value
 
 

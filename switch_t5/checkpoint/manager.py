@@ -196,11 +196,12 @@ class Checkpointer:
         Raises:
           UserError: that save met a full disk or one that cannot be written, or did so when it began.
         """
-        self._finish_save()
-        if self._failures:
-            error = self._failures.pop()
+        try:
+            self._finish_save()
+            if self._failures:
+                raise self._failures[-1]
+        finally:
             self._failures.clear()
-            raise error
 
     def _finish_save(self) -> None:
         if self._saving is not None:
@@ -422,11 +423,10 @@ class Checkpointer:
             if not known and not unreadable and not _DAMAGED.match(str(error)):
                 raise
             before = [other for other in self.steps() if other < step]
-            instead = f" to use that of step {before[-1]}" if before else ""
-            raise CheckpointDamaged(
-                f"The checkpoint {self._folder(step)} is damaged "
-                f"({str(error).splitlines()[0].rstrip('.')}): delete that folder{instead}."
-            ) from error
+            what = f"The checkpoint {self._folder(step)} is damaged ({str(error).splitlines()[0].rstrip('.')})"
+            if before:
+                raise CheckpointDamaged(f"{what}: delete that folder to use that of step {before[-1]}.") from error
+            raise CheckpointDamaged(f"{what}, and there is no earlier one: copy it again, or begin anew.") from error
 
 
 def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,7 +70,13 @@ def open_t5x(path: str) -> OpenCheckpoint:
         raise CheckpointDamaged(
             f"{path} is not whole: it lacks files of {', '.join(missing[:3])}{more}; copy the whole folder again."
         )
-    return OpenCheckpoint(path, "t5x", arrays, _step(arrays.get("state/step"), path))
+    step = _step(arrays.get("state/step"), path)
+    called = re.fullmatch(rf"{FOLDER}(\d{{1,18}})", posixpath.basename(path))
+    if step is not None and called and int(called[1]) != step:
+        raise CheckpointDamaged(
+            f"{path}/{INDEX} is damaged, or the folder was renamed: it is of step {step}, and not of step {called[1]}."
+        )
+    return OpenCheckpoint(path, "t5x", arrays, step)
 
 
 def _step(stored: StoredArray | None, path: str) -> int | None:

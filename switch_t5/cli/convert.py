@@ -37,13 +37,18 @@ def run(args: argparse.Namespace) -> int:
     Returns:
       0; or 1 where ``--verify`` found a difference beyond its bound.
     """
+    from switch_t5.checkpoint.certificate import check_certificate
     from switch_t5.checkpoint.conversion import plan, write
     from switch_t5.checkpoint.formats import read_checkpoint
+    from switch_t5.data.vocabularies import count_pieces
 
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
     if tokenizer is not None and (args.format != HUGGING_FACE or not tokenizer.is_file()):
         raise UserError(f"--tokenizer={tokenizer} must be a file, and belongs to --format=huggingface alone.")
+    if tokenizer is not None:
+        count_pieces(str(tokenizer))  # Which refuses any other file.
     source = read_checkpoint(args.source)
+    check_certificate(source.reader.checkpoint)  # Or the one of the result would vouch for damage.
     target = plan(source, args.to, args.format, dtype=args.dtype, scanned=args.scanned)
     certificate = write(source, target, tokenizer=tokenizer)
     if args.verify:

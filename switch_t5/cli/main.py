@@ -108,6 +108,10 @@ def _run(words: list[str]) -> int:
         _add_gin_flags(parser)
         gin_bindings, words = _take_gin_bindings(words)
     module.add_arguments(parser)
+    flags = _flags(parser)
+    # Before argparse, which would miss a required flag first that is there misspelt.
+    if misspelt := [word for word in words if word.startswith("--") and word.split("=")[0] not in flags]:
+        parser.refuse(misspelt, command.takes_gin)
     args, unknown = parser.parse_known_args(words)
     if unknown:
         parser.refuse(unknown, command.takes_gin)

@@ -465,6 +465,29 @@ def test_a_file_too_large_is_one_sentence_and_loses_nothing(tmp_path):
     _assert_survives(_run(script, tmp_path), tmp_path, "File too large")
 
 
+def test_the_last_of_several_failures_is_the_one_that_ends_a_run(tmp_path):
+    script = """
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        checkpointer.save(2, large, {})
+        checkpointer.save(3, large, {})
+        try:
+            checkpointer.wait()
+        except UserError as error:
+            print(error)
+        checkpointer.close()
+    """
+    result = _run(script, tmp_path)
+    assert result.returncode == 0, result.stderr
+    failed = [
+        f"Saving the checkpoint of step {step} in {tmp_path}/checkpoints failed (File too large)" for step in (2, 3)
+    ]
+    assert result.stderr.startswith(failed[0])
+    assert result.stderr.endswith("It is tried again at the next checkpoint.\n")
+    assert result.stdout.startswith(failed[1])
+
+
 @pytest.mark.parametrize(
     ("shape", "chunk"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -110,6 +112,16 @@ def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, cap
     [
         (["inspect", "{0}/nothing"], "does not exist: name a MODEL_DIR of ours, a T5X folder"),
         (["inspect", "{0}"], "is empty: name a MODEL_DIR"),
+        (["inspect", "{1}/config.gin"], "config.gin is a file: name a MODEL_DIR"),
+        (["convert", "--fron={0}", "--to={0}/x", "--format=t5x"], "has no flag --fron. Did you mean '--from'?"),
+        (["convert", "--from={1}", "--to={1}/config.gin", "--format=native"], "config.gin is a file: name a folder."),
+        (["convert", "--from={1}", "--to={1}/checkpoints/18", "--format=native"], "lie among a run's checkpoints"),
+        (["convert", "--from={1}", "--to={1}/checkpoints/17/x", "--format=t5x"], "is inside of the checkpoint"),
+        (["convert", "--from={1}", "--to={0}/x", "--format=huggingface", "--scanned"], "transformers stacks no blocks"),
+        (
+            ["convert", "--from={1}", "--to={0}/x", "--format=huggingface", "--tokenizer={1}/config.gin"],
+            "config.gin is not a SentencePiece model.",
+        ),
         (["convert", "--from={0}", "--to={0}/x", "--format=pickle"], "'pickle' is no --format"),
         (["convert", "--from={0}", "--to={0}/x", "--format=t5x", "--tokenizer=a"], "--tokenizer=a must be a file"),
         (
@@ -119,8 +131,53 @@ def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, cap
     ],
 )
 def test_a_mistake_is_one_sentence(run_folder, tmp_path, capsys, words, sentence):
+    (run_folder / "config.gin").touch()
     assert main([word.format(tmp_path, run_folder) for word in words]) == 2
     assert sentence in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_ours_outside_of_a_run_is_told_where_it_belongs(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder / "checkpoints" / "17", tmp_path / "17")
+    assert main(["inspect", str(tmp_path / "17")]) == 2
+    assert (
+        "is a checkpoint of ours outside of a run: move it to MODEL_DIR/checkpoints/<step>." in capsys.readouterr().err
+    )
+
+
+def test_what_its_certificate_knows_to_be_damaged_is_not_converted_again(run_folder, tmp_path, capsys):
+    there = tmp_path / "hf"
+    assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
+    file = there / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    again = ["convert", f"--from={there}", f"--to={tmp_path / 'again'}", "--format=native"]
+    assert main(again) == 2
+    assert "is damaged, or was changed since" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    (there / CERTIFICATE).unlink()  # Where that was meant.
+    assert main(again) == 0
+
+
+def test_a_step_that_is_not_its_folders_is_damage(run_folder, tmp_path, capsys):
+    assert main(["convert", f"--from={run_folder}", f"--to={tmp_path / 't5x'}", "--format=t5x"]) == 0
+    index = tmp_path / "t5x" / "checkpoint_17" / "checkpoint"
+    content = bytearray(index.read_bytes())
+    content[-2] ^= 1  # The last number of the index is the step: 17 + 2^16 now.
+    index.write_bytes(content)
+    assert main(["inspect", str(tmp_path / "t5x")]) == 2
+    assert "it is of step 65553, and not of step 17." in capsys.readouterr().err
+
+
+def test_a_conversion_that_fails_leaves_no_new_folder(run_folder, tmp_path, capsys, monkeypatch):
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conversion, "_fill", full)
+    assert main(["convert", f"--from={run_folder}", f"--to={tmp_path / 't5x'}", "--format=t5x"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("make", [adamw(0.1), sgd(0.1, momentum=0.9)], ids=["AdamW", "SGD"])
