@@ -270,7 +270,9 @@ def test_a_disk_that_fails_half_way_leaves_nothing(sources, tmp_path, form, numb
 def test_a_target_that_is_a_file_or_below_one_is_named(sources, tmp_path, form):
     (tmp_path / "file").write_text("mine")
     source = read_checkpoint(str(sources["run"]))
-    with pytest.raises(UserError, match=r"is there already|cannot be written \((File exists|Not a directory)\)"):
+    with pytest.raises(
+        UserError, match=r"file is a file: name a folder|cannot be written \((File exists|Not a directory)\)"
+    ):
         write(source, plan(source, str(tmp_path / "file"), form, dtype=None, scanned=False))
     with pytest.raises(UserError, match=r"--to .*/file.* cannot be written \((File exists|Not a directory)\)"):
         write(source, plan(source, str(tmp_path / "file" / "x"), form, dtype=None, scanned=False))

@@ -133,8 +133,7 @@ def test_a_checkpoint_that_is_stacked_otherwise_is_checked_as_it_is_read(tmp_pat
     source = read_checkpoint(str(run))
     with pytest.raises(CheckpointDamaged, match="query is damaged"):
         write(source, plan(source, str(tmp_path / "t5x"), "t5x", dtype=None, scanned=False))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "t5x"]
-    assert list((tmp_path / "t5x").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_large_array_that_is_damaged_anywhere_is_noticed(tmp_path):
