@@ -31,7 +31,6 @@ from switch_t5.checkpoint.load import untold
 from switch_t5.checkpoint.manifest import METADATA
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
-from switch_t5.checkpoint.run_folder import DIRECTORY
 from switch_t5.checkpoint.stored_arrays import Index, Produce, StoredArray, pieces
 from switch_t5.checkpoint.streamed_save import save_streamed
 from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
@@ -98,13 +97,11 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
 
 def _check_apart(path: Path, source: str) -> None:
     """Refuses a target among a run's checkpoints or in a checkpoint, whose reader would take it for a part of that."""
-    real = Path(os.path.realpath(path))
-    for folder in real.parents:
-        inside = (folder / METADATA).exists() or (not is_url(source) and folder == Path(os.path.realpath(source)))
-        run = folder.name == DIRECTORY and any(folder.glob(f"[0-9]*/{METADATA}"))
-        if inside or run:
-            what = "is inside of the checkpoint" if inside else "would lie among a run's checkpoints, in"
-            raise UserError(f"--to: {path} {what} {folder}: name a folder elsewhere.")
+    for folder in Path(os.path.realpath(path)).parents:
+        if (folder / METADATA).exists() or (not is_url(source) and folder == Path(os.path.realpath(source))):
+            raise UserError(f"--to: {path} is inside of the checkpoint {folder}: name a folder elsewhere.")
+        if any(folder.glob(f"[0-9]*/{METADATA}")):
+            raise UserError(f"--to: {path} would lie among a run's checkpoints, in {folder}: name a folder elsewhere.")
 
 
 def _check_what_no_array_tells(source: Recognised) -> None:
@@ -186,16 +183,15 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
 
 @contextlib.contextmanager
 def _folder_above(path: Path) -> Iterator[None]:
-    """Makes the folder of a path, and removes it again where it is new and what fails inside leaves it empty."""
-    above = path.parent
-    new = not above.exists()
-    writable_directory(above, "--to")
+    """Makes the folders above a path; where what is inside fails, those that are new and empty are removed again."""
+    new = [folder for folder in path.parents if not folder.exists()]
+    writable_directory(path.parent, "--to")
     try:
         yield
     except BaseException:
-        if new:
-            with contextlib.suppress(OSError):
-                above.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
         raise
 
 

@@ -50,6 +50,8 @@ def format_of(path: str) -> tuple[str, str]:
             return T5X, f"{place}/{FOLDER}{max(whole or steps)}"
         if any(name.startswith(("target.", "state.")) for name in names):
             return T5X, place
+        if METADATA in names and os.path.basename(os.path.dirname(place)) == DIRECTORY:
+            raise UserError(f"{path} is no step of its run: it was put aside as damaged, or has been renamed.")
         if METADATA in names:
             where = f"MODEL_DIR/{DIRECTORY}/<step>"
             raise UserError(f"{path} is a checkpoint of ours outside of a run: move it to {where}.")

@@ -422,11 +422,12 @@ class Checkpointer:
             unreadable = getattr(error, "errno", None) in FAILING
             if not known and not unreadable and not _DAMAGED.match(str(error)):
                 raise
-            before = [other for other in self.steps() if other < step]
+            # Those before it, ascending, or else those after it, which then come first.
+            others = sorted((other for other in self.steps() if other != step), key=lambda other: (other < step, other))
             what = f"The checkpoint {self._folder(step)} is damaged ({str(error).splitlines()[0].rstrip('.')})"
-            if before:
-                raise CheckpointDamaged(f"{what}: delete that folder to use that of step {before[-1]}.") from error
-            raise CheckpointDamaged(f"{what}, and there is no earlier one: copy it again, or begin anew.") from error
+            if others:
+                raise CheckpointDamaged(f"{what}: delete that folder to use that of step {others[-1]}.") from error
+            raise CheckpointDamaged(f"{what}, and there is no other: copy it again, or begin anew.") from error
 
 
 def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from switch_t5.checkpoint.certificate import check_certificate
     from switch_t5.checkpoint.conversion import plan, write
-    from switch_t5.checkpoint.formats import read_checkpoint
+    from switch_t5.checkpoint.formats import open_checkpoint, recognised
     from switch_t5.data.vocabularies import count_pieces
 
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
@@ -47,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tokenizer={tokenizer} must be a file, and belongs to --format=huggingface alone.")
     if tokenizer is not None:
         count_pieces(str(tokenizer))  # Which refuses any other file.
-    source = read_checkpoint(args.source)
-    check_certificate(source.reader.checkpoint)  # Or the one of the result would vouch for damage.
+    checkpoint = open_checkpoint(args.source)
+    source = recognised(checkpoint)
     target = plan(source, args.to, args.format, dtype=args.dtype, scanned=args.scanned)
+    check_certificate(checkpoint)  # Or the one of the result would vouch for damage.
     certificate = write(source, target, tokenizer=tokenizer)
     if args.verify:
         certificate["verified"] = _verify(source, target.path, args.dtype)

@@ -108,9 +108,7 @@ def _run(words: list[str]) -> int:
         _add_gin_flags(parser)
         gin_bindings, words = _take_gin_bindings(words)
     module.add_arguments(parser)
-    flags = _flags(parser)
-    # Before argparse, which would miss a required flag first that is there misspelt.
-    if misspelt := [word for word in words if word.startswith("--") and word.split("=")[0] not in flags]:
+    if misspelt := _misspelt(words, _flags(parser)):
         parser.refuse(misspelt, command.takes_gin)
     args, unknown = parser.parse_known_args(words)
     if unknown:
@@ -119,6 +117,15 @@ def _run(words: list[str]) -> int:
         args.gin_bindings = gin_bindings
     with ending_alone():
         return module.run(args)
+
+
+def _misspelt(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Words that are meant for flags and are none. argparse would first miss a required flag that is there misspelt."""
+    words = words[: words.index("--")] if "--" in words else words
+    if "-h" in words or "--help" in words:
+        return []
+    # As argparse has it, what holds a space is a value.
+    return [word for word in words if word.startswith("--") and " " not in word and word.split("=")[0] not in flags]
 
 
 def _answer_without_command(flag: str) -> NoReturn:

@@ -121,7 +121,7 @@ def into_heads(x: Array, kernel: nnx.Param) -> Array:
     """``[B, L, D]``, or what :func:`for_each_part_of_heads` makes of it, to ``[B, H, L, K]``."""
     matrix = kernel[...].astype(x.dtype)
     if x.ndim == 3:
-        # Of "bld,dhk->bhlk" XLA:CPU would make the transpose of a product, which takes half as long again.
+        # Of "bld,dhk->bhlk" XLA:CPU makes a product with the kernel on its left, which takes half as long again.
         heads = jnp.swapaxes(jnp.einsum("bld,dhk->blhk", x, matrix), 1, 2)
     else:
         parts = matrix.reshape(matrix.shape[0], len(x), -1, matrix.shape[-1])
@@ -175,7 +175,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
       query: ``[batch, heads, query length, kv]``.
       key: ``[batch, heads, key length, kv]``.
       value: ``[batch, heads, key length, kv]``.
-      mask: ``[batch, 1, query length, key length]`` float32, or one query's for all; it has no derivative.
+      mask: ``[batch, 1, query length, key length]`` float32; one query's may stand for all, and where there is one
+        query one sequence's for all. It has no derivative.
       positions: ``[shards, heads, query length, key length]`` float32, a copy for each of so many equal parts of the
         batch; or None.
 
@@ -184,7 +185,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
     """
     # Without a derivative, that is; for one the probabilities of all are kept.
     entries = math.prod(query.shape[1:3]) * key.shape[2]
-    if target_platform() != "cpu" or is_partitioned() or entries < _LARGE_LOGITS:
+    small = entries < _LARGE_LOGITS or query.shape[2] == 1
+    if small or target_platform() != "cpu" or is_partitioned():
         return _attend_forward(query, key, value, mask, positions)[0]
 
     def one(sequence: tuple[Array, ...]) -> Array:

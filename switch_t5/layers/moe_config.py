@@ -139,6 +139,11 @@ class MoEConfig:
         """Whether each device sends and sums what is the experts' by itself, rather than as the compiler sees fit."""
         return self.dispatch == "dropless" or self.exchange == "all_to_all"
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether it matters which experts padding chooses."""
+        return self.padding in ("counted", "routed")
+
     def capacity(self, tokens: int, train: bool) -> int:
         """Slots of an expert for a group of so many tokens."""
         if self.expert_capacity is not None:

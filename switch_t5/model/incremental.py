@@ -22,9 +22,7 @@ from switch_t5.model.blocks import RESIDUAL_AXES, Block, BlockInputs
 from switch_t5.model.stack import Stack
 from switch_t5.model.transformer import SwitchTransformer
 from switch_t5.partitioning.rules import constrain
-from switch_t5.types import Array, Axes
-
-PAST_AXES: Axes = ("batch", "heads", "length", "kv")
+from switch_t5.types import Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["key", "value", "cross_key", "cross_value"], meta_fields=[])
@@ -80,7 +78,7 @@ def new_cache(
     def start(block: Block, x: None, cache: None) -> tuple[None, BlockCache]:
         del cache
         shape = (batch * hypotheses, config.num_heads, max_length, config.head_dim)
-        past = constrain(jnp.zeros(shape, config.activation_dtype), PAST_AXES)
+        past = constrain(jnp.zeros(shape, config.activation_dtype), HEADS_AXES)
         attention = block.cross_attention
         return x, BlockCache(past, past, into_heads(encoded, attention.key), into_heads(encoded, attention.value))
 
@@ -139,9 +137,9 @@ def reorder(cache: DecoderCache, parents: Array) -> DecoderCache:
         def of_layer(past: Array) -> Array:
             of_inputs = past.reshape(*parents.shape, *past.shape[1:])
             picked = jax.vmap(lambda rows, parents: rows[parents])(of_inputs, parents)
-            return constrain(picked.reshape(past.shape), PAST_AXES)
+            return constrain(picked.reshape(past.shape), HEADS_AXES)
 
-        return of_layer(past) if past.ndim == len(PAST_AXES) else jax.lax.map(of_layer, past)
+        return of_layer(past) if past.ndim == len(HEADS_AXES) else jax.lax.map(of_layer, past)
 
     blocks = tuple(dataclasses.replace(block, key=pick(block.key), value=pick(block.value)) for block in cache.blocks)
     return dataclasses.replace(cache, blocks=blocks)
@@ -164,7 +162,7 @@ class _SelfAttention:
 
     def _written(self, past: Array, new: Array) -> Array:
         new = _by_hypothesis(new).astype(past.dtype)
-        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new, self._position, axis=2), PAST_AXES)
+        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new, self._position, axis=2), HEADS_AXES)
 
 
 def _by_hypothesis(x: Array) -> Array:

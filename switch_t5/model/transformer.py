@@ -87,8 +87,10 @@ class SwitchTransformer(nnx.Module):
           ``[batch, length, embed]`` and the encoder's router statistics.
         """
         mask = tokens > 0
-        # Nobody reads what padding attends to. Where nothing is packed one row is then the mask of all queries.
-        queries = jnp.ones_like(mask[:, :1]) if segments is None else mask
+        # Nobody reads what padding attends to, unless its routes count: where nothing is packed one row of mask serves.
+        moes = self.config.moe, self.config.attention_moe
+        one_row = segments is None and not any(moe is not None and moe.reads_padding for moe in moes)
+        queries = jnp.ones_like(mask[:, :1]) if one_row else mask
         bias = mask_bias(queries, mask, query_segments=segments, key_segments=segments)
         inputs = BlockInputs(
             tokens, mask, bias, None, None, None, self.config.sequences_per_group(tokens.shape[1]), train

@@ -437,7 +437,7 @@ def test_the_last_checkpoint_is_never_put_aside(two, tmp_path):
     shutil.copytree(two, run)
     shutil.rmtree(run / "checkpoints" / "1")
     flip(run / "checkpoints" / "2" / "state" / "_METADATA")
-    with Checkpointer(run) as checkpointer, pytest.raises(CheckpointDamaged, match="there is no earlier one"):
+    with Checkpointer(run) as checkpointer, pytest.raises(CheckpointDamaged, match="and there is no other"):
         checkpointer.restore(abstract())
     assert (run / "checkpoints" / "2").is_dir()
 

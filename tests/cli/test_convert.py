@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -145,6 +146,28 @@ def test_a_checkpoint_of_ours_outside_of_a_run_is_told_where_it_belongs(run_fold
     )
 
 
+def test_an_untied_model_is_converted_again_with_its_certificate(tmp_path):
+    run = saved(tmp_path / "run", state_of(dataclasses.replace(SWITCH, tied_logits=False)))
+    for source, to in ((run, "hf"), (tmp_path / "hf", "again")):  # transformers wants copies of the embedding.
+        assert main(["convert", f"--from={source}", f"--to={tmp_path / to}", "--format=huggingface"]) == 0
+
+
+def test_a_checkpoint_that_was_put_aside_is_called_so(run_folder, tmp_path, capsys):
+    aside = tmp_path / "checkpoints" / "17.damaged"
+    shutil.copytree(run_folder / "checkpoints" / "17", aside)
+    assert main(["inspect", str(aside)]) == 2
+    assert "is no step of its run: it was put aside as damaged, or has been renamed." in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_is_known_for_one(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder / "checkpoints", tmp_path / "elsewhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    for to in (tmp_path / "run" / "checkpoints" / "18", tmp_path / "elsewhere" / "18"):
+        assert main(["convert", f"--from={run_folder}", f"--to={to}", "--format=native"]) == 2
+        assert "would lie among a run's checkpoints" in capsys.readouterr().err
+
+
 def test_what_its_certificate_knows_to_be_damaged_is_not_converted_again(run_folder, tmp_path, capsys):
     there = tmp_path / "hf"
     assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
@@ -175,7 +198,7 @@ def test_a_conversion_that_fails_leaves_no_new_folder(run_folder, tmp_path, caps
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(conversion, "_fill", full)
-    assert main(["convert", f"--from={run_folder}", f"--to={tmp_path / 't5x'}", "--format=t5x"]) == 2
+    assert main(["convert", f"--from={run_folder}", f"--to={tmp_path / 'a' / 'b'}", "--format=t5x"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 

@@ -117,6 +117,23 @@ def test_a_mistake_in_the_words_is_one_sentence_and_exit_code_2(fake, capsys, wo
     assert complaint(capsys, *words) == sentence
 
 
+def test_a_misspelt_flag_is_told_before_one_that_is_missing_for_it(fake, capsys, monkeypatch):
+    module = sys.modules["fake_command_of_test"]
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        fake.add_arguments(parser)
+        parser.add_argument("--input", required=True)
+        parser.add_argument("words", nargs="*")
+
+    monkeypatch.setattr(module, "add_arguments", add_arguments)
+    assert complaint(capsys, "data", "--imput=a") == "switch-t5 data has no flag --imput. Did you mean '--input'?"
+    # These are no flags: a value with a space, and what stands after two dashes.
+    assert main(["data", "--input", "-- a ___", "--", "--word"]) == 0
+    assert (fake.args.input, fake.args.words) == ("-- a ___", ["--word"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["data", "--imput=a", "--help"])
+
+
 def test_the_flags_of_commands_inside_a_command_are_known(fake, capsys, monkeypatch):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         inner = parser.add_subparsers(dest="action", required=True)

@@ -89,6 +89,25 @@ def test_more_padding_changes_nothing(kind: str) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["ignored", "counted", "routed", "zeroed"])
+def test_one_row_of_mask_for_all_queries_changes_nothing_that_is_read(padding: Any) -> None:
+    # Without segments padding attends to something, where nobody reads what it gets; with them, to nothing.
+    moe = MoEConfig(3, group_size=64, eval_capacity_factor=0.5, min_expert_capacity=1, padding=padding)
+    model, params = model_and_params(dataclasses.replace(DENSE, moe=moe))
+    tokens = unpacked(examples([(6, 4), (3, 5), (9, 2)]), 9, 5)["encoder_input_tokens"]
+
+    @jax.jit
+    def encode(tokens: Array) -> Any:
+        module, segments = model.bind(params), (tokens > 0).astype(jnp.int32)
+        return module.encode(tokens), module.encode(tokens, segments)
+
+    (encoded, stats), (expected, expected_stats) = encode(tokens)
+    real = np.asarray(tokens) > 0
+    np.testing.assert_allclose(encoded[real], expected[real], rtol=2e-5, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(stats), jax.tree.leaves(expected_stats), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def other_token(tokens: Array) -> Array:
     """Another real token in the place of each."""
     return (tokens - 1) % 30 + 2
