@@ -43,6 +43,7 @@ from switch_t5.cli.trained import load_model
 from switch_t5.errors import UserError
 from switch_t5.model.functional import Model
 from tests.checkpoint.golden import abstract as abstract_of
+from tests.checkpoint.golden import flip
 from tests.checkpoint.test_conversion import SCANNED, saved, state_of
 
 TIMES_ALONE = "_CHECKPOINT_METADATA"
@@ -65,12 +66,6 @@ def two(tmp_path_factory) -> Path:
         for step in (1, 2):
             checkpointer.save(step, state(step), {"0_of_1": str(step).encode()}, {"loss": 0.5})
     return folder
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1 << 3
-    path.write_bytes(data)
 
 
 def promise_another(checkpoint: Path, array: jax.Array) -> None:

@@ -26,7 +26,7 @@ from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.cli.main import main
 from switch_t5.errors import UserError
 from switch_t5.layers.moe_config import MoEConfig
-from tests.checkpoint.golden import abstract
+from tests.checkpoint.golden import abstract, flip
 from tests.checkpoint.storage_server import serve
 from tests.checkpoint.test_conversion import SCANNED, SWITCH, assert_same, converted, saved, state_of
 
@@ -122,12 +122,6 @@ Damage = Callable[[Path], object]
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 def becomes(content: bytes) -> Damage:

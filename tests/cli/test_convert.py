@@ -18,7 +18,7 @@ from switch_t5.cli.main import main
 from switch_t5.model.functional import Model
 from switch_t5.training.optimizers import adamw, sgd
 from switch_t5.training.state import TrainState
-from tests.checkpoint.golden import params_of
+from tests.checkpoint.golden import flip, params_of
 from tests.checkpoint.test_conversion import SWITCH, assert_same, saved, state_of
 from tests.model.small import random_params
 
@@ -54,10 +54,7 @@ def test_a_checkpoint_goes_through_every_format_and_is_the_same(run_folder, tmp_
 def test_a_converted_array_that_changed_is_named_and_without_a_certificate_nothing_tells(run_folder, tmp_path, capsys):
     there = tmp_path / "hf"
     assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
-    file = there / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip(there / "model.safetensors", at=-1)
     capsys.readouterr()
     assert main(["inspect", str(there), "--deep"]) == 2
     said = capsys.readouterr().err
@@ -93,10 +90,7 @@ def test_without_transformers_the_arrays_are_compared_and_the_certificate_says_s
 def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, capsys, monkeypatch):
     def write(*args, **more):
         certificate = conversion_write(*args, **more)
-        file = tmp_path / "to" / "model.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 0x40  # Of the last number's exponent.
-        file.write_bytes(content)
+        flip(tmp_path / "to" / "model.safetensors", at=-1, bits=0x40)  # Of the last number's exponent.
         return certificate
 
     conversion_write = conversion.write
@@ -171,10 +165,7 @@ def test_a_run_whose_checkpoints_lie_elsewhere_is_known_for_one(run_folder, tmp_
 def test_what_its_certificate_knows_to_be_damaged_is_not_converted_again(run_folder, tmp_path, capsys):
     there = tmp_path / "hf"
     assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
-    file = there / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip(there / "model.safetensors", at=-1)
     again = ["convert", f"--from={there}", f"--to={tmp_path / 'again'}", "--format=native"]
     assert main(again) == 2
     assert "is damaged, or was changed since" in capsys.readouterr().err
@@ -185,10 +176,8 @@ def test_what_its_certificate_knows_to_be_damaged_is_not_converted_again(run_fol
 
 def test_a_step_that_is_not_its_folders_is_damage(run_folder, tmp_path, capsys):
     assert main(["convert", f"--from={run_folder}", f"--to={tmp_path / 't5x'}", "--format=t5x"]) == 0
-    index = tmp_path / "t5x" / "checkpoint_17" / "checkpoint"
-    content = bytearray(index.read_bytes())
-    content[-2] ^= 1  # The last number of the index is the step: 17 + 2^16 now.
-    index.write_bytes(content)
+    # The last number of the index is the step: 17 + 2^16 now.
+    flip(tmp_path / "t5x" / "checkpoint_17" / "checkpoint", at=-2, bits=1)
     assert main(["inspect", str(tmp_path / "t5x")]) == 2
     assert "it is of step 65553, and not of step 17." in capsys.readouterr().err
 
