@@ -144,7 +144,7 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
     with Checkpointer(folder, CheckpointConfig(keep=None)) as checkpointer:
 
         def clear() -> None:
-            """Deletes what was written, but for what the other rows read."""
+            """Deletes what was written, but for the latest checkpoint."""
             (Path(folder) / "plain").unlink(missing_ok=True)
             for step in checkpointer.steps()[:-1]:
                 shutil.rmtree(checkpointer.directory / str(step))
@@ -172,8 +172,6 @@ def measure_save(parameters: int, folder: str, repeats: int) -> list[dict[str, A
             clear()
             timed("write", lambda: write(Path(folder) / "plain", sizes["state_bytes"]))
             timed("save", save_whole)
-        clear()
-        write(Path(folder) / "plain", sizes["state_bytes"])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     blocks = {"what": "save blocks", "seconds": median["blocks"]}
     later = {"what": "the first step after it", "seconds": median["step after"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from switch_t5.checkpoint.native_remote import open_remote
 from switch_t5.checkpoint.recognition import Recognised, check_whole, recognise
 from switch_t5.checkpoint.run_folder import DIRECTORY, run_and_step
 from switch_t5.checkpoint.stored_arrays import OpenCheckpoint
-from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, open_t5x
+from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, open_t5x, step_of_folder
 from switch_t5.errors import UserError
 
 
@@ -71,8 +70,8 @@ def _what_is_there(place: str, names: Collection[str]) -> str:
 
 def _steps(names: Iterable[str]) -> list[int]:
     """The steps of the folders that T5X would call so."""
-    found = (re.fullmatch(rf"{FOLDER}(\d{{1,18}})/", name) for name in names)
-    return [int(match[1]) for match in found if match]
+    found = (step_of_folder(name.removesuffix("/")) for name in names if name.endswith("/"))
+    return [step for step in found if step is not None]
 
 
 def open_checkpoint(path: str) -> OpenCheckpoint:

@@ -422,8 +422,8 @@ class Checkpointer:
             unreadable = getattr(error, "errno", None) in FAILING
             if not known and not unreadable and not _DAMAGED.match(str(error)):
                 raise
-            # Those before it, ascending, or else those after it, which then come first.
-            others = sorted((other for other in self.steps() if other != step), key=lambda other: (other < step, other))
+            steps = self.steps()
+            others = [other for other in steps if other < step] or [other for other in steps if other > step]
             what = f"The checkpoint {self._folder(step)} is damaged ({str(error).splitlines()[0].rstrip('.')})"
             if others:
                 raise CheckpointDamaged(f"{what}: delete that folder to use that of step {others[-1]}.") from error

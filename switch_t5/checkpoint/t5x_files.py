@@ -71,12 +71,18 @@ def open_t5x(path: str) -> OpenCheckpoint:
             f"{path} is not whole: it lacks files of {', '.join(missing[:3])}{more}; copy the whole folder again."
         )
     step = _step(arrays.get("state/step"), path)
-    called = re.fullmatch(rf"{FOLDER}(\d{{1,18}})", posixpath.basename(path))
-    if step is not None and called and int(called[1]) != step:
+    called = step_of_folder(posixpath.basename(path))
+    if step is not None and called is not None and called != step:
         raise CheckpointDamaged(
-            f"{path}/{INDEX} is damaged, or the folder was renamed: it is of step {step}, and not of step {called[1]}."
+            f"{path}/{INDEX} is damaged, or the folder was renamed: it is of step {step}, and not of step {called}."
         )
     return OpenCheckpoint(path, "t5x", arrays, step)
+
+
+def step_of_folder(name: str) -> int | None:
+    """The step that a folder's name says, as T5X would call it; None where it says none."""
+    found = re.fullmatch(rf"{FOLDER}(\d{{1,18}})", name)
+    return int(found[1]) if found else None
 
 
 def _step(stored: StoredArray | None, path: str) -> int | None:

@@ -22,7 +22,7 @@ from switch_t5.model.upcycling import UpcyclingConfig, check_upcycled, even_weig
 from switch_t5.routing.router import RouterConfig
 from switch_t5.training.state import TrainState
 from switch_t5.types import Params
-from tests.checkpoint.golden import abstract
+from tests.checkpoint.golden import abstract, flip
 from tests.checkpoint.test_conversion import DENSE, GATED, SWITCH, assert_same, converted, saved, state_of
 from tests.model.small import examples, random_params, unpacked
 
@@ -239,9 +239,7 @@ def test_what_is_not_the_dense_model_is_refused_with_what_differs(tmp_path, dens
 def test_a_damaged_dense_checkpoint_is_not_trained_on(tmp_path) -> None:
     path = saved(tmp_path / "run", state_of(DENSE))
     data = max((path / "checkpoints" / "17" / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+    flip(data)
     with pytest.raises(UserError, match="damaged"):
         upcycled(path, sparse(DENSE))
 

@@ -167,29 +167,19 @@ def test_devices_decode_together_what_one_does() -> None:
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "num_return_sequences": 2}], ids=str)
 def test_a_step_copies_no_cache(how: dict[str, float]) -> None:
-    model, params = model_and_params("dense")
+    config = model_and_params("dense")[0].config
     length = 96  # So that no other array has the cache's shape.
-    program = jax.jit(
-        lambda tokens, numbers: decode(
-            model,
-            params,
-            tokens,
-            numbers,
-            config=DecodingConfig(**how),
-            max_length=length,
-            eos_id=EOS,  # pyright: ignore
-        )
-    )
-    program = program.lower(INPUTS, jnp.arange(len(INPUTS))).compile().as_text()
+    decodes = decoder("dense", DecodingConfig(**how), length)  # pyright: ignore
+    program = jax.jit(decodes).lower(INPUTS, jnp.arange(len(INPUTS))).compile().as_text()
     assert program is not None
     rows = len(INPUTS) * int(how.get("num_return_sequences", 1))
-    cache = rf"f32\[{rows},{model.config.num_heads},{length},{model.config.head_dim}\]"
+    cache = rf"f32\[{rows},{config.num_heads},{length},{config.head_dim}\]"
     bodies = tuple(f"%{name} " for name in re.findall(r"while\(.*body=%?([\w.\-]+)", program))
     parts = (part for part in program.split("\n\n") if part.startswith(bodies))
     (step,) = (part for part in parts if re.search(cache, part))
     made = re.findall(rf"= {cache}\S* (\w[\w-]*)\(", step)
     assert "copy" not in made
-    assert made.count("fusion") == 2 * model.config.num_decoder_layers  # Where a key and a value are written.
+    assert made.count("fusion") == 2 * config.num_decoder_layers  # Where a key and a value are written.
 
 
 def test_the_model_as_trained_lets_tokens_compete() -> None:
