@@ -6,14 +6,17 @@ them before the first can be checked.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
@@ -25,8 +28,10 @@ from switch_t5.checkpoint.native_files import check_opened, open_array
 from switch_t5.checkpoint.stored_arrays import Index, bounded
 from switch_t5.errors import UserError
 
-_AHEAD = 1 << 28
+_AHEAD = 1 << 29
 """Bytes that are being read while the array before them is checked."""
+_LARGE = 1 << 24
+"""Bytes from which a part is read into the device's own memory: a program must be compiled to have it."""
 
 _Box = tuple[tuple[int, int], ...]
 """Start and stop a dim."""
@@ -86,12 +91,12 @@ def restore_part(
 def _as_they_come(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[tuple[str, jax.Array]]:
     """Gives each array with its name, while those after it are being read."""
     opening = {name: open_array(folder, name) for name in wanted}
-    reading: deque[tuple[str, int, dict[_Box, ts.Future[np.ndarray]]]] = deque()
+    reading: deque[tuple[str, int, dict[_Box, Callable[[], np.ndarray | jax.Array]]]] = deque()
 
     def arrived() -> tuple[str, jax.Array]:
         name, _, reads = reading.popleft()
         with array_errors(f"{folder}: {name}"):
-            return name, _placed(wanted[name], {box: future.result() for box, future in reads.items()})
+            return name, _placed(wanted[name], {box: finished() for box, finished in reads.items()})
 
     for name, leaf in wanted.items():
         with array_errors(f"{folder}: {name}"):
@@ -99,24 +104,61 @@ def _as_they_come(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, An
             check_opened(opened, saved[name])
         if jax.dtypes.canonicalize_dtype(saved[name].dtype) != saved[name].dtype:
             raise UserError(f"{folder}: {name} is {saved[name].dtype}, which JAX holds only with jax_enable_x64 set.")
-        boxes = _to_read({_box(index, leaf.shape) for index in _indices(leaf).values()})
+        devices = {_box(index, leaf.shape): device for device, index in _indices(leaf).items()}
+        boxes = _to_read(set(devices), opened.chunk_layout.read_chunk.shape or ())
         size = sum(map(_entries, boxes)) * opened.dtype.numpy_dtype.itemsize
-        reading.append((name, size, {box: opened[_slices(box)].read() for box in boxes}))
+        reading.append((name, size, {box: _begun(opened[_slices(box)], devices.get(box)) for box in boxes}))
         while len(reading) > 1 and sum(size for _, size, _ in reading) > _AHEAD:
             yield arrived()
     while reading:
         yield arrived()
 
 
-def _placed(leaf: Any, values: dict[_Box, np.ndarray]) -> jax.Array:
+def _begun(part: ts.TensorStore, device: Any | None) -> Callable[[], np.ndarray | jax.Array]:
+    """Begins to read a part.
+
+    Args:
+      part: of an array.
+      device: that holds all of it, if one does. What is large is read into the memory of a CPU itself: into NumPy's it
+        would be copied from there, and both be cleared first.
+
+    Returns:
+      What waits for it.
+    """
+    dtype = part.dtype.numpy_dtype
+    if device is None or device.platform != "cpu" or part.size * dtype.itemsize < _LARGE:
+        return part.read().result
+    blank = jax.block_until_ready(_blanks(part.shape, dtype, device)())  # Nobody else has it yet.
+    memory = (ctypes.c_char * blank.nbytes).from_address(blank.unsafe_buffer_pointer())
+    view = np.ndarray(part.shape, dtype, memory)
+    written = ts.array(view).write(part[ts.d[:].translate_to[0]] if part.rank else part)
+
+    def finished() -> jax.Array:
+        written.result()
+        return blank
+
+    return finished
+
+
+@functools.cache
+def _blanks(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Callable[[], jax.Array]:
+    """The program that takes memory for an array."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=jax.sharding.SingleDeviceSharding(device))
+
+
+def _placed(leaf: Any, values: dict[_Box, np.ndarray | jax.Array]) -> jax.Array:
     """An array of what was read of it."""
     shards = []
     for device, index in _indices(leaf).items():
         box = _box(index, leaf.shape)
         around = next(other for other in values if _hull({other, box}) == other)
+        value = values[around]
+        if isinstance(value, jax.Array):
+            shards.append(value if value.device == device else jax.device_put(value, device, may_alias=False))
+            continue
         inside = tuple(slice(at - start, end - start) for (at, end), (start, _) in zip(box, around, strict=True))
         # Memory of its own: XLA could not give away NumPy's, and the first step would copy it.
-        shards.append(jax.device_put(values[around][inside], device, may_alias=False))
+        shards.append(jax.device_put(value[inside], device, may_alias=False))
     jax.block_until_ready(shards)  # Until then JAX holds what was read, beside what is being read.
     return jax.make_array_from_single_device_arrays(tuple(leaf.shape), leaf.sharding, shards)
 
@@ -125,13 +167,14 @@ def _indices(leaf: Any) -> Mapping[Any, Index]:
     return leaf.sharding.addressable_devices_indices_map(tuple(leaf.shape))
 
 
-def _to_read(boxes: set[_Box]) -> set[_Box]:
+def _to_read(boxes: set[_Box], piece: tuple[int | None, ...]) -> set[_Box]:
     """What to read for parts that do not overlap.
 
-    If they leave nothing between them it is all at once: pieces of a file are read whole, though several want parts.
+    If they share pieces of a file, which are read whole, and leave nothing between them, it is all at once.
     """
+    shared = any(start % (size or 1) for box in boxes for (start, _), size in zip(box, piece, strict=True))
     hull = _hull(boxes)
-    return {hull} if sum(map(_entries, boxes)) == _entries(hull) else boxes
+    return {hull} if shared and sum(map(_entries, boxes)) == _entries(hull) else boxes
 
 
 def _hull(boxes: set[_Box]) -> _Box:

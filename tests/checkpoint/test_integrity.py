@@ -308,7 +308,7 @@ def test_a_checkpoint_that_cannot_be_opened_just_now_is_not_put_aside(two, tmp_p
 def test_no_more_is_read_ahead_than_there_is_room_for(two, monkeypatch):
     begun: list[object] = []
     to_read = native_restore._to_read
-    monkeypatch.setattr(native_restore, "_to_read", lambda boxes: begun.append(boxes) or to_read(boxes))
+    monkeypatch.setattr(native_restore, "_to_read", lambda *boxes: begun.append(boxes) or to_read(*boxes))
     monkeypatch.setattr(native_restore, "_AHEAD", 0)
     folder = str(two / "checkpoints" / "2")
     manifest = read_manifest(folder)
@@ -321,16 +321,17 @@ def test_no_more_is_read_ahead_than_there_is_room_for(two, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "read"),
+    ("boxes", "piece", "read"),
     [
-        ({((0, 2), (0, 4)), ((2, 4), (0, 4))}, {((0, 4), (0, 4))}),
-        ({((0, 2), (0, 4)), ((3, 4), (0, 4))}, {((0, 2), (0, 4)), ((3, 4), (0, 4))}),
-        ({()}, {()}),
+        ({((0, 2), (0, 4)), ((2, 4), (0, 4))}, (3, 4), {((0, 4), (0, 4))}),
+        ({((0, 2), (0, 4)), ((2, 4), (0, 4))}, (2, 4), {((0, 2), (0, 4)), ((2, 4), (0, 4))}),
+        ({((0, 2), (0, 4)), ((3, 4), (0, 4))}, (4, 4), {((0, 2), (0, 4)), ((3, 4), (0, 4))}),
+        ({()}, (), {()}),
     ],
-    ids=["side by side", "with a gap", "a scalar"],
+    ids=["side by side in a piece", "each of its own pieces", "with a gap", "a scalar"],
 )
-def test_parts_are_read_at_once_where_they_leave_no_gap(boxes, read):
-    assert native_restore._to_read(boxes) == read
+def test_parts_are_read_at_once_where_they_share_pieces_and_leave_no_gap(boxes, piece, read):
+    assert native_restore._to_read(boxes, piece) == read
 
 
 def test_an_array_of_more_bits_than_jax_holds_is_no_damage(tmp_path):

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from switch_t5.checkpoint import orbax_manager
+from switch_t5.checkpoint import native_restore, orbax_manager
 from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 from switch_t5.checkpoint.native_files import open_array
 from switch_t5.checkpoint.retention import CheckpointConfig
@@ -112,8 +112,10 @@ def test_everything_comes_back_bit_for_bit(saved):
     _assert_same_bits(restored.state, state)
 
 
+@pytest.mark.parametrize("large", [0, native_restore._LARGE], ids=["in place", "through NumPy"])
 @pytest.mark.parametrize("mesh_shape", [(1, 8, 1), (8, 1, 1), (4, 1, 2), (1, 1, 1)])
-def test_a_checkpoint_is_restored_onto_another_mesh(saved, mesh_shape):
+def test_a_checkpoint_is_restored_onto_another_mesh(saved, monkeypatch, mesh_shape, large):
+    monkeypatch.setattr(native_restore, "_LARGE", large)
     model_dir, state, _ = saved
     old = (2, 2, 2)
     abstract = jax.tree.map(
@@ -126,6 +128,16 @@ def test_a_checkpoint_is_restored_onto_another_mesh(saved, mesh_shape):
     experts = restored.params["experts"]
     assert experts.sharding.mesh.devices.shape == mesh_shape != old
     assert experts.addressable_shards[0].data.shape == (8 // mesh_shape[1], 16, 8 // mesh_shape[2])
+
+
+def test_what_is_read_in_place_is_its_own_and_may_be_given_away(saved, monkeypatch):
+    monkeypatch.setattr(native_restore, "_LARGE", 0)
+    with Checkpointer(saved[0], read_only=True) as checkpointer:
+        first, second = (checkpointer.restore(_abstract(saved[1])).state.params["experts"] for _ in range(2))
+    memory = [shard.data.unsafe_buffer_pointer() for shard in first.addressable_shards]
+    negated = jax.jit(lambda array: -array, donate_argnums=0)(first)
+    assert [shard.data.unsafe_buffer_pointer() for shard in negated.addressable_shards] == memory
+    _assert_same_bits(second, saved[1].params["experts"])
 
 
 def test_arrays_are_read_by_name_without_the_model(saved):
