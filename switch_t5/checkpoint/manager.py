@@ -163,7 +163,7 @@ class Checkpointer:
 
         from switch_t5.checkpoint.data_positions import DataPositionsSave
         from switch_t5.checkpoint.manifest import PROMISE, ManifestSave
-        from switch_t5.checkpoint.orbax_manager import in_pieces
+        from switch_t5.checkpoint.orbax_manager import to_save
 
         leaves = naming.named_leaves(state)
         in_flight_gb = 1 + max(map(_largest_shard, leaves.values())) // 10**9
@@ -174,7 +174,7 @@ class Checkpointer:
             return False
         copies = snapshot.held(leaves)
         items = ocp.args.Composite(
-            state=in_pieces(copies),
+            state=to_save(copies),
             data=DataPositionsSave(data_state),
             manifest=ManifestSave(snapshot.fingerprints(leaves, copies), leaves),
         )
@@ -182,6 +182,7 @@ class Checkpointer:
         with self._save_errors():
             values = {name: float(value) for name, value in (metrics or {}).items()}
             self._manager.save(step, args=items, metrics=values, custom_metadata=PROMISE, force=True)
+            jax.block_until_ready(copies)  # The first of them are being written.
         for best in self._config.best_metrics:
             if metrics is not None and best not in metrics:
                 raise ConfigError(

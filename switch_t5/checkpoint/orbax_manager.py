@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import type_handlers
 
 from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.data_positions import DataPositionsHandler, DataPositionsRestore, DataPositionsSave
 from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave
+from switch_t5.checkpoint.piecewise import Piecewise, of_shards, registry
 from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
+from switch_t5.checkpoint.snapshot import on_cpu
 
 _CHUNK_BYTES = 1 << 26
 """Of the pieces that arrays are stored in: who reads a part of one, as conversions do, need not read the whole."""
@@ -26,15 +28,23 @@ _FILE_BYTES = 1 << 26
 """Of the files that pieces are gathered into: files are synced while others are gathered, and of large ones few are."""
 
 
-def in_pieces(arrays: Mapping[str, Any]) -> ocp.args.PyTreeSave:
-    """The state to save, of arrays by their names."""
-    pieces = {
-        name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_split_axes(array.shape, array.dtype))
-        for name, array in arrays.items()
-    }
+def to_save(arrays: Mapping[str, Any]) -> ocp.args.PyTreeSave:
+    """The state to save, of arrays by their names; those on CPUs may still be being computed, and are waited for later.
+
+    Several processes share the writing of what all of them hold, which Orbax sees to.
+    """
+    alone = jax.process_count() == 1
+    leaves = {name: of_shards(array) if alone and on_cpu(array) else array for name, array in arrays.items()}
+    args = {name: _save_args(leaf) for name, leaf in leaves.items()}
     return ocp.args.PyTreeSave(
-        naming.nest(arrays), save_args=naming.nest(pieces), ocdbt_target_data_file_size=_FILE_BYTES
+        naming.nest(leaves), save_args=naming.nest(args), ocdbt_target_data_file_size=_FILE_BYTES
     )
+
+
+def _save_args(array: Any) -> ocp.SaveArgs:
+    if isinstance(array, Piecewise):
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_split_axes(array.shape, array.dtype))
 
 
 def _split_axes(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -55,7 +65,6 @@ def make_manager(
     *,
     read_only: bool,
     in_flight_gb: int = 1,
-    registry: type_handlers.TypeHandlerRegistry | None = None,
 ) -> ocp.CheckpointManager:
     """Makes the manager of a folder of checkpoints.
 
@@ -63,15 +72,17 @@ def make_manager(
       directory: ``MODEL_DIR/checkpoints``.
       config: which checkpoints are kept.
       read_only: whether nothing is written or cleaned up.
-      in_flight_gb: of arrays on their way to the disk; more than the largest shard. Without a limit all that is saved
-        would be in memory once more, and at times twice.
-      registry: how leaves are written; None for arrays as JAX and NumPy have them.
+      in_flight_gb: of arrays on their way to the disk; more than the largest shard of one that is not
+        :class:`Piecewise`. Without a limit all that is saved would be in memory once more, and at times twice.
     """
     _silence_orbax()
-    more: dict[str, Any] = {} if registry is None else {"type_handler_registry": registry}
     # Compression is slower than a disk and, on trained parameters, saves next to nothing.
     arrays = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=True, use_compression=False, save_concurrent_gb=in_flight_gb, **more
+        use_ocdbt=True,
+        use_zarr3=True,
+        use_compression=False,
+        save_concurrent_gb=max(1, in_flight_gb),
+        type_handler_registry=registry(in_flight_gb * 10**9),
     )
     data = DataPositionsHandler()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()

@@ -23,10 +23,10 @@ def held(leaves: Mapping[str, Any]) -> dict[str, Any]:
       leaves: arrays by name.
 
     Returns:
-      The arrays to save, sharded as they were; they may still be being copied.
+      The arrays to save, sharded as they were; they may still be being copied, for which the state must stay.
     """
     return {
-        name: jax.device_put(leaf, leaf.sharding, may_alias=False) if _on_cpu(leaf) else leaf
+        name: jax.device_put(leaf, leaf.sharding, may_alias=False) if on_cpu(leaf) else leaf
         for name, leaf in leaves.items()
     }
 
@@ -62,5 +62,6 @@ def fingerprints(leaves: Mapping[str, Any], copies: Mapping[str, Any]) -> Callab
     return future.result
 
 
-def _on_cpu(leaf: Any) -> bool:
+def on_cpu(leaf: Any) -> bool:
+    """Whether something is an array whose devices are all CPUs."""
     return isinstance(leaf, jax.Array) and all(device.platform == "cpu" for device in leaf.sharding.device_set)

@@ -16,7 +16,8 @@ Index = tuple[slice, ...]
 Produce = Callable[[Index | None], np.ndarray]
 """Makes an array, or the part of it that an index names."""
 
-_PIECE = 1 << 26
+_PIECE, _LEAST_PIECE = 1 << 25, 1 << 20
+"""Bytes of the parts that arrays are read, written and stored in."""
 
 
 class CheckpointDamaged(UserError):  # noqa: N818 (it says what is wrong with the user's files)
@@ -81,10 +82,24 @@ def writable_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[
 
 
 def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
-    """The parts of an array of at most 64 MB each, consecutive in memory, in order."""
-    chunk = [max(1, size) for size in shape]
-    for dim in range(len(shape)):
-        if math.prod(chunk) * itemsize <= _PIECE:
+    """The parts of an array, of a :func:`piece_shape` each, in order."""
+    return writable_chunks(shape, piece_shape(shape, itemsize))
+
+
+def piece_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The dims of a part of at most 32 MB that lies in memory as it does in a file, such as a few experts' kernels.
+
+    They divide the array's, so that a shard is of whole pieces. Where one entry of a dim is already too large the next
+    dim is divided, unless pieces of less than 1 MB would come of it.
+    """
+    piece = [max(1, size) for size in shape]
+    for dim, size in enumerate(piece):
+        entry = math.prod(piece[dim + 1 :]) * itemsize
+        if size * entry <= _PIECE:
             break
-        chunk[dim] = max(1, _PIECE // (math.prod(chunk[dim + 1 :]) * itemsize))
-    return writable_chunks(shape, tuple(chunk))
+        most, least = max(1, _PIECE // entry), -(-_LEAST_PIECE // entry)
+        divisor = next((part for part in range(most, least - 1, -1) if size % part == 0), None)
+        if divisor is None:
+            break
+        piece[dim] = divisor
+    return tuple(piece)

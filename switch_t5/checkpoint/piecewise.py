@@ -1,0 +1,109 @@
+"""Arrays that reach a checkpoint of ours in parts, one after another: Orbax writes them once all of them are there.
+
+So a part is on its way to the disk while the next is copied or read, and what is in memory beside it is bounded. Their
+pieces in the files are of several experts, where Orbax can make them of one alone: tensorstore copies a part whose
+first dim is 1 once more before it writes it, and one with an index of what is in it, as Orbax's are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+from switch_t5.checkpoint.stored_arrays import Index, bounded, piece_shape
+
+_AS_IN_MEMORY = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+@dataclasses.dataclass
+class Piecewise:
+    """An array that Orbax takes for a leaf of the tree, and the handler below for something to ask for parts.
+
+    Attributes:
+      shape: its dims.
+      dtype: of its entries.
+      largest: dims of its largest part; pieces in the files divide them.
+      parts: gives the parts with where they lie, for the shape of a piece: each is of whole pieces.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    largest: tuple[int, ...]
+    parts: Callable[[tuple[int, ...]], Iterator[tuple[Index, np.ndarray]]]
+
+    @property
+    def size(self) -> int:
+        """Its entries."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.size * self.dtype.itemsize
+
+
+def of_shards(array: jax.Array) -> Piecewise:
+    """An array in the memory of this process, which may still be being computed: each shard is waited for in turn."""
+
+    def parts(_piece: tuple[int, ...]) -> Iterator[tuple[Index, np.ndarray]]:
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                yield bounded(shard.index, array.shape), np.asarray(shard.data)
+
+    return Piecewise(array.shape, np.dtype(array.dtype), array.sharding.shard_shape(array.shape), parts)
+
+
+class _Handler(type_handlers.NumpyHandler):
+    """Writes the parts of one array after another's; the files are as of any array of Orbax."""
+
+    def __init__(self, in_flight: int) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._in_flight = in_flight
+        self._writing: deque[tuple[int, ts.WriteFutures]] = deque()
+        self._failed = False
+
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        self._writing, self._failed = deque(), False
+        await super()._background_serialize(values, infos, args)
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        if self._failed:  # What comes after a full disk need not be tried.
+            return
+        piece = piece_shape(value.largest, value.dtype.itemsize)
+        grid = {"name": "regular", "configuration": {"chunk_shape": list(piece)}}
+        tspec["metadata"] |= {"chunk_grid": grid, "codecs": [_AS_IN_MEMORY]}
+        begun = []
+        try:
+            # Until all of it is begun nothing is awaited: Orbax starts all arrays together, and so they come in order.
+            store = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
+            for index, part in value.parts(piece):
+                begun.append(store[index].write(part, can_reference_source_data_indefinitely=True))
+                self._writing.append((part.nbytes, begun[-1]))
+                del part
+                while sum(size for size, _ in self._writing) > self._in_flight:
+                    self._writing.popleft()[1].result()
+        except BaseException:
+            self._failed = True
+            raise
+        for future in begun:
+            await future
+
+    def memory_size(self, values: Sequence[Any]) -> Sequence[tuple[int, int]]:
+        return [(value.nbytes, value.nbytes) for value in values]
+
+
+def registry(in_flight: int) -> type_handlers.TypeHandlerRegistry:
+    """How Orbax writes the leaves of a tree: arrays of ours in parts, those of JAX and NumPy as it always does.
+
+    Args:
+      in_flight: bytes of parts on their way to the disk; the one that comes last is beside them.
+    """
+    usual = ((kind, type_handlers.get_type_handler(kind)) for kind in (np.ndarray, jax.Array))
+    return type_handlers.create_type_handler_registry((Piecewise, _Handler(in_flight)), *usual)
