@@ -67,31 +67,35 @@ class _Handler(type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._in_flight = in_flight
         self._writing: deque[tuple[int, ts.WriteFutures]] = deque()
-        self._failed = False
+        self._failure: Exception | None = None
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
-        self._writing, self._failed = deque(), False
+        self._writing, self._failure = deque(), None
         await super()._background_serialize(values, infos, args)
+        if self._failure is not None:
+            raise self._failure
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        if self._failed:  # What comes after a full disk need not be tried.
-            return
+        try:
+            await self._write(value, tspec, ts_context)
+        except Exception as error:  # Raised above, when no other array is being written any more.
+            self._failure = self._failure or error
+
+    async def _write(self, value: Piecewise, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         piece = piece_shape(value.largest, value.dtype.itemsize)
         grid = {"name": "regular", "configuration": {"chunk_shape": list(piece)}}
         tspec["metadata"] |= {"chunk_grid": grid, "codecs": [_AS_IN_MEMORY]}
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        if self._failure is not None:  # What comes after a full disk need not be tried.
+            return
         begun = []
-        try:
-            # Until all of it is begun nothing is awaited: Orbax starts all arrays together, and so they come in order.
-            store = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
-            for index, part in value.parts(piece):
-                begun.append(store[index].write(part, can_reference_source_data_indefinitely=True))
-                self._writing.append((part.nbytes, begun[-1]))
-                del part
-                while sum(size for size, _ in self._writing) > self._in_flight:
-                    self._writing.popleft()[1].result()
-        except BaseException:
-            self._failed = True
-            raise
+        # Until all of it is begun nothing is awaited: Orbax starts all arrays together, and so one follows another.
+        for index, part in value.parts(piece):
+            begun.append(store[index].write(part, can_reference_source_data_indefinitely=True))
+            self._writing.append((part.nbytes, begun[-1]))
+            del part
+            while sum(size for size, _ in self._writing) > self._in_flight:
+                self._writing.popleft()[1].result()
         for future in begun:
             await future
 

@@ -104,4 +104,4 @@ def test_what_comes_after_a_failure_is_not_tried(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         _save(tmp_path / "saved", {name: parts_of(name) for name in "abc"})
-    assert asked == ["a"]
+    assert len(asked) == 1
