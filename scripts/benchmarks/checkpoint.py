@@ -16,8 +16,8 @@ peers in the same process, in turn with it:
 - *convert* is the command, with ``--verify``.
 
 A virtual machine gives memory that was freed back to its host and asks for it anew a page at a time, which took up to
-ten times as long as clearing it where this was written. So before each of these, but for steps, a process of its own
-takes twice the state's size and ends. ``--fresh_memory`` leaves memory as it is.
+ten times as long as clearing it where this was written. So before each of these, but for steps and conversions, a
+process of its own takes twice the state's size and ends. ``--fresh_memory`` leaves memory as it is.
 
 Host memory is the most that the process has held, libraries and compiler included, over what stays on its devices,
 which on a CPU are host memory too.

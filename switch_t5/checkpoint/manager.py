@@ -181,8 +181,10 @@ class Checkpointer:
         self._saving = step
         with self._save_errors():
             values = {name: float(value) for name, value in (metrics or {}).items()}
-            self._manager.save(step, args=items, metrics=values, custom_metadata=PROMISE, force=True)
-            jax.block_until_ready(copies)  # The first of them are being written.
+            try:
+                self._manager.save(step, args=items, metrics=values, custom_metadata=PROMISE, force=True)
+            finally:
+                jax.block_until_ready(copies)  # The first of them are being written.
         for best in self._config.best_metrics:
             if metrics is not None and best not in metrics:
                 raise ConfigError(

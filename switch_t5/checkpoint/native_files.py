@@ -19,7 +19,7 @@ from switch_t5.checkpoint.stored_arrays import Index, OpenCheckpoint, StoredArra
 
 _NAME_SEPARATOR = "."
 _LARGEST_CHUNK = 1 << 32
-"""Bytes; pieces of ours are of 64 MB, or an expert's kernel."""
+"""Bytes; pieces of ours are of 64 MB or less, but for arrays that nothing divides."""
 _REMOTE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})  # Where each look at an index is a request.
 
 

@@ -6,7 +6,6 @@ them before the first can be checked.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
@@ -129,8 +128,7 @@ def _begun(part: ts.TensorStore, device: Any | None) -> Callable[[], np.ndarray 
     if device is None or device.platform != "cpu" or part.size * dtype.itemsize < _LARGE:
         return part.read().result
     blank = jax.block_until_ready(_blanks(part.shape, dtype, device)())  # Nobody else has it yet.
-    memory = (ctypes.c_char * blank.nbytes).from_address(blank.unsafe_buffer_pointer())
-    view = np.ndarray(part.shape, dtype, memory)
+    view = np.asarray(_Memory(blank)).view(dtype).reshape(part.shape)
     written = ts.array(view).write(part[ts.d[:].translate_to[0]] if part.rank else part)
 
     def finished() -> jax.Array:
@@ -138,6 +136,18 @@ def _begun(part: ts.TensorStore, device: Any | None) -> Callable[[], np.ndarray 
         return blank
 
     return finished
+
+
+class _Memory:
+    """The bytes of an array on a CPU, for NumPy to write; the array stays while they are in use.
+
+    After a failed read of another array this one may be dropped, and its own read still be under way.
+    """
+
+    def __init__(self, array: jax.Array) -> None:
+        self._array = array
+        address = array.unsafe_buffer_pointer()
+        self.__array_interface__ = {"data": (address, False), "shape": (array.nbytes,), "typestr": "|u1", "version": 3}
 
 
 @functools.cache

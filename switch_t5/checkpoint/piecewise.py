@@ -7,6 +7,7 @@ first dim is 1 once more before it writes it, and one with an index of what is i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -72,14 +73,20 @@ class _Handler(type_handlers.NumpyHandler):
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         self._writing, self._failure = deque(), None
         await super()._background_serialize(values, infos, args)
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            for _, future in self._writing:  # A part that is still being written would make its folder anew.
+                with contextlib.suppress(Exception):
+                    future.result()
+            self._writing.clear()
+            raise failure
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         try:
             await self._write(value, tspec, ts_context)
         except Exception as error:  # Raised above, when no other array is being written any more.
-            self._failure = self._failure or error
+            # Its frames hold the array.
+            self._failure = self._failure or error.with_traceback(None)
 
     async def _write(self, value: Piecewise, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         piece = piece_shape(value.largest, value.dtype.itemsize)

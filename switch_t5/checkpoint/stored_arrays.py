@@ -16,7 +16,7 @@ Index = tuple[slice, ...]
 Produce = Callable[[Index | None], np.ndarray]
 """Makes an array, or the part of it that an index names."""
 
-_PIECE, _LEAST_PIECE = 1 << 25, 1 << 20
+_PIECE, _LEAST_PIECE, _LARGEST_PIECE = 1 << 25, 1 << 20, 1 << 30
 """Bytes of the parts that arrays are read, written and stored in."""
 
 
@@ -82,24 +82,31 @@ def writable_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[
 
 
 def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
-    """The parts of an array, of a :func:`piece_shape` each, in order."""
-    return writable_chunks(shape, piece_shape(shape, itemsize))
+    """The parts of an array of at most 32 MB each, consecutive in memory, in order: as stored if they divide it."""
+    return writable_chunks(shape, _divided(shape, itemsize, lambda size, most: most))
 
 
 def piece_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """The dims of a part of at most 32 MB that lies in memory as it does in a file, such as a few experts' kernels.
 
-    They divide the array's, so that a shard is of whole pieces. Where one entry of a dim is already too large the next
-    dim is divided, unless pieces of less than 1 MB would come of it.
+    They divide the array's, so that a shard is of whole pieces; larger ones, of up to 1 GB, are left whole where only
+    pieces of less than 1 MB do. Where one entry of a dim is already too large the next dim is divided.
     """
+
+    def small_or_whole(size: int, most: int) -> int:
+        whole = math.prod(shape) * itemsize <= _LARGEST_PIECE
+        return size if whole else next(part for part in range(most, 0, -1) if size % part == 0)
+
+    return _divided(shape, itemsize, small_or_whole)
+
+
+def _divided(shape: tuple[int, ...], itemsize: int, otherwise: Callable[[int, int], int]) -> tuple[int, ...]:
+    """The dims of pieces; ``otherwise`` has a dim and the most entries of it that fit, where no part of it will do."""
     piece = [max(1, size) for size in shape]
     for dim, size in enumerate(piece):
         entry = math.prod(piece[dim + 1 :]) * itemsize
         if size * entry <= _PIECE:
             break
         most, least = max(1, _PIECE // entry), -(-_LEAST_PIECE // entry)
-        divisor = next((part for part in range(most, least - 1, -1) if size % part == 0), None)
-        if divisor is None:
-            break
-        piece[dim] = divisor
+        piece[dim] = next((part for part in range(most, least - 1, -1) if size % part == 0), 0) or otherwise(size, most)
     return tuple(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +134,26 @@ def test_a_checkpoint_is_restored_onto_another_mesh(saved, monkeypatch, mesh_sha
 
 def test_what_is_read_in_place_is_its_own_and_may_be_given_away(saved, monkeypatch):
     monkeypatch.setattr(native_restore, "_LARGE", 0)
+    native_restore._blanks.cache_clear()
     with Checkpointer(saved[0], read_only=True) as checkpointer:
         first, second = (checkpointer.restore(_abstract(saved[1])).state.params["experts"] for _ in range(2))
+    assert native_restore._blanks.cache_info().hits + native_restore._blanks.cache_info().misses > 0
     memory = [shard.data.unsafe_buffer_pointer() for shard in first.addressable_shards]
     negated = jax.jit(lambda array: -array, donate_argnums=0)(first)
     assert [shard.data.unsafe_buffer_pointer() for shard in negated.addressable_shards] == memory
     _assert_same_bits(second, saved[1].params["experts"])
+
+
+def test_memory_that_is_read_into_stays_after_its_array_was_dropped():
+    array = jax.block_until_ready(jnp.zeros(1 << 10))
+    memory, dropped = np.asarray(native_restore._Memory(array)), weakref.ref(array)
+    del array
+    gc.collect()
+    assert dropped() is not None
+    memory[:] = 1
+    del memory
+    gc.collect()
+    assert dropped() is None
 
 
 def test_arrays_are_read_by_name_without_the_model(saved):

@@ -28,6 +28,7 @@ from switch_t5.checkpoint.stored_arrays import piece_shape, pieces
         ((4, 4096, 10240), 4, (1, 512, 10240)),  # One expert is larger than a piece may be.
         ((32128, 512), 4, (16064, 512)),
         ((32749, 1024), 4, (32749, 1024)),  # A prime: rows of 4 KB would be no pieces.
+        ((32749 * 3, 4096), 4, (3, 4096)),  # Of more than 1 GB, small pieces are better than none.
         ((8, 16, 8), 4, (8, 16, 8)),
         ((0, 3), 4, (1, 3)),
         ((), 4, ()),
@@ -45,6 +46,12 @@ def test_pieces_are_all_of_an_array_in_order(monkeypatch):
     parts = [array[index] for index in pieces(array.shape, array.itemsize)]
     assert {part.shape for part in parts} == {(1, 4, 3)}
     np.testing.assert_array_equal(np.concatenate([part.ravel() for part in parts]), array.ravel())
+
+
+def test_what_nothing_divides_is_read_in_pieces_all_the_same():
+    parts = [index[0] for index in pieces((32749, 1024), 4)]
+    assert parts[:2] == [slice(0, 8192), slice(8192, 16384)]
+    assert parts[-1].stop == 32749
 
 
 @pytest.mark.parametrize("spec", [(), ("data",), (None, "data")])
