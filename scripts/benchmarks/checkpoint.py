@@ -17,7 +17,7 @@ peers in the same process, in turn with it:
 
 A virtual machine gives memory that was freed back to its host and asks for it anew a page at a time, which took up to
 ten times as long as clearing it where this was written. So before each of these, but for steps and conversions, a
-process of its own takes twice the state's size and ends. ``--fresh_memory`` leaves memory as it is.
+process of its own takes three times the state's size and ends. ``--fresh_memory`` leaves memory as it is.
 
 Host memory is the most that the process has held, libraries and compiler included, over what stays on its devices,
 which on a CPU are host memory too.
@@ -140,7 +140,7 @@ def measure_save(parameters: int, folder: str, repeats: int, at_hand: bool) -> l
 
     def timed(name: str, function: Callable[[], Any]) -> None:
         if at_hand and "step" not in name:
-            fetch_memory(2 * sizes["state_bytes"])
+            fetch_memory(3 * sizes["state_bytes"])
         begin = time.perf_counter()
         function()
         seconds.setdefault(name, []).append(time.perf_counter() - begin)
@@ -221,7 +221,7 @@ def measure_restore(parameters: int, folder: str, repeats: int, at_hand: bool) -
             for path in (checkpointer.directory, plain):
                 forget(path)
             if at_hand:
-                fetch_memory(2 * state_bytes)
+                fetch_memory(3 * state_bytes)
             begin = time.perf_counter()
             restored = jax.block_until_ready(checkpointer.restore(abstract).state)
             own.append(time.perf_counter() - begin)
@@ -231,7 +231,7 @@ def measure_restore(parameters: int, folder: str, repeats: int, at_hand: bool) -
             del restored
             gc.collect()
             if at_hand:
-                fetch_memory(2 * state_bytes)
+                fetch_memory(3 * state_bytes)
             begin = time.perf_counter()
             read(plain)
             peer.append(time.perf_counter() - begin)
