@@ -68,6 +68,19 @@ def test_a_teacher_without_gain_and_a_loss_that_is_not_finite_are_told(monkeypat
     assert "| weights alone | not finite | – |" in captured.out
 
 
+def test_the_teacher_alone_may_be_trained_for_longer(monkeypatch, capsys) -> None:
+    trained = {}
+
+    def held_out(model_dir: Path, steps: int, *_rest: object) -> float:
+        trained[model_dir.name] = steps
+        return 1.0
+
+    monkeypatch.setattr(script, "held_out", held_out)
+    assert script.main(["--steps=20", "--teacher_steps=60", "--rows=mixture", "--json=-"]) == 0
+    assert trained == {"teacher": 60, "plain": 20, "mixture": 20}
+    assert json.loads(capsys.readouterr().out)["teacher_steps"] == 60
+
+
 @pytest.mark.slow
 def test_the_quick_form_trains_teacher_plain_model_and_students(capsys) -> None:
     assert script.main(["--quick", "--steps=3", "--rows=mixture,initialization", "--json=-"]) == 0
