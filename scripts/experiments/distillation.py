@@ -5,8 +5,9 @@
 
 For each seed it trains a teacher, a dense model alone (``plain``), and the students, by ``switch-t5 train`` in
 processes of their own one after the other, on one device, with bytes for a vocabulary: the same text in the same order,
-and the same number of steps for each, or for each but the teacher (``--teacher_steps``): then its gain is that of longer
-training too, which students that start from its weights have had already. Flags that begin with ``--gin.`` go to all of them.
+and the same number of steps for each, or for each but the teacher (``--teacher_steps``): then its gain is that of
+longer training too, which students that start from its weights have had already. Flags that begin with ``--gin.`` go to
+all of them.
 
 - held-out loss: of the last evaluation, in nats a token; the mean over seeds, and its sample standard deviation.
 - share kept: of the teacher's gain over the plain model, (plain - student) / (plain - teacher), of each seed's own
