@@ -62,7 +62,7 @@ def of_shards(array: jax.Array) -> Piecewise:
 
 
 class _Handler(type_handlers.NumpyHandler):
-    """Writes the parts of one array after another's; the files are as of any array of Orbax."""
+    """Writes the parts of one array after another's, into the files that Orbax would write, as they lie in memory."""
 
     def __init__(self, in_flight: int) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -73,12 +73,11 @@ class _Handler(type_handlers.NumpyHandler):
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         self._writing, self._failure = deque(), None
         await super()._background_serialize(values, infos, args)
+        while self._writing:  # After a failure: a part that is still being written would make its folder anew.
+            with contextlib.suppress(Exception):
+                self._writing.popleft()[1].result()
         failure, self._failure = self._failure, None
         if failure is not None:
-            for _, future in self._writing:  # A part that is still being written would make its folder anew.
-                with contextlib.suppress(Exception):
-                    future.result()
-            self._writing.clear()
             raise failure
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
