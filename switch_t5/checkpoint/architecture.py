@@ -90,10 +90,15 @@ class Architecture:
             tied_logits=self.tied_logits,
             relpos_num_buckets=self.relpos_num_buckets,
             relpos_per_layer=self.relpos_per_layer,
-            moe=moe if any(self.encoder + self.decoder) else None,
+            moe=moe if self.is_sparse else None,
             encoder_sparse_layers=_layout(self.encoder),
             decoder_sparse_layers=_layout(self.decoder),
         )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any feed-forward is."""
+        return any(self.encoder + self.decoder)
 
     def blocks(self, stack: str) -> tuple[bool, ...]:
         """For each block of a stack, whether its feed-forward is sparse."""
@@ -149,7 +154,7 @@ class Architecture:
         if self.relpos_per_layer:
             values["TransformerConfig.relpos_per_layer"] = True
         for stack in STACKS:
-            if any(self.encoder + self.decoder):
+            if self.is_sparse:
                 values[f"TransformerConfig.{stack}_sparse_layers"] = _layout(self.blocks(stack))
         experts = {self.experts(stack) for stack in STACKS} - {0}
         if len(experts) == 1:

@@ -26,7 +26,7 @@ from switch_t5.checkpoint.certificate import CERTIFICATE
 from switch_t5.checkpoint.fingerprint import Running, as_text
 from switch_t5.checkpoint.folder import is_url, read_file
 from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE, T5X
-from switch_t5.checkpoint.huggingface_files import write_huggingface
+from switch_t5.checkpoint.huggingface_files import CONFIG, write_huggingface
 from switch_t5.checkpoint.load import untold
 from switch_t5.checkpoint.manifest import METADATA
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
@@ -145,7 +145,7 @@ def _layout(architecture: Architecture, form: str, scanned: bool) -> tuple[Layou
                 "--scanned out."
             )
         return t5x.WRITTEN_OUT, {}
-    return (t5x.SCANNED if any(architecture.encoder + architecture.decoder) else t5x.SCALABLE), periods
+    return (t5x.SCANNED if architecture.is_sparse else t5x.SCALABLE), periods
 
 
 def _array(source: Recognised, entry: Placed, dtype: str | None) -> StoredArray:
@@ -176,9 +176,20 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
     untouched = storage_errors(f"Writing {target.path}", "what stood there before is untouched")
     with _folder_above(target.path), _partial(target.path) as partial, untouched:
         certificate = _fill(partial, source, target, tokenizer)
-        os.sync()  # Once, and not for each of thousands of files; what gets its name after it is on the disk.
+        _sync(partial)
         _put_in_place(partial, target.path)
     return certificate
+
+
+def _sync(folder: Path) -> None:
+    """Waits until all files of a folder are on the disk, or says that one could not be written there."""
+    for parent, _, names in os.walk(folder):
+        for path in (*(os.path.join(parent, name) for name in names), parent):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -237,7 +248,8 @@ def _fill(partial: Path, source: Recognised, target: Target, tokenizer: Path | N
         write_t5x(str(partial), recorded, scalars)
     elif target.format == HUGGING_FACE:
         dtype = next(iter(target.arrays.values())).dtype.name
-        write_huggingface(partial, huggingface.config_of(source.architecture, dtype), recorded)
+        config = huggingface.config_of(source.architecture, dtype) | _capacity(source)
+        write_huggingface(partial, config, recorded)
         if tokenizer is not None:
             shutil.copy(tokenizer, partial / "spiece.model")
     else:
@@ -290,11 +302,23 @@ def _certificate(source: Recognised, target: Target, sums: Mapping[str, str]) ->
 
 def _left_out(source: Recognised, target: Target) -> str | None:
     """What of the source is not in the target."""
+    left_out = []
     if source.unknown_optimizer:
-        return "the optimizer's state, which is not Adafactor's"
+        left_out.append("the optimizer's state, which is not Adafactor's")
     if source.moments and not target.optimizer:
-        return "the optimizer's state, for which the format has no place"
-    return None
+        left_out.append("the optimizer's state, for which the format has no place")
+    if target.format == HUGGING_FACE and source.architecture.is_sparse and not _capacity(source):
+        left_out.append(
+            f"{huggingface.CAPACITY}, which no array tells: without it in {CONFIG} transformers takes "
+            f"{huggingface.DEFAULT_CAPACITY}"
+        )
+    return "; ".join(left_out) or None
+
+
+def _capacity(source: Recognised) -> dict[str, Any]:
+    """The slots of an expert, where the source's own configuration tells them, as Hugging Face's does."""
+    told = (source.reader.checkpoint.config or {}).get(huggingface.CAPACITY)
+    return {} if told is None else {huggingface.CAPACITY: told}
 
 
 def compare(source: Recognised, written: Recognised, dtype: str | None = None) -> dict[str, Any]:

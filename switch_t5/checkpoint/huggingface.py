@@ -27,6 +27,8 @@ _UNUSED_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.
 _MAX_DISTANCE = "relative_attention_max_distance"
 MAX_DISTANCE = 128
 """Distances from here on share a bucket, in every released model."""
+CAPACITY, DEFAULT_CAPACITY = "expert_capacity", 64
+"""Slots of an expert for a row of tokens: a field of ``config.json``, and what transformers takes without it."""
 T5, SWITCH, MT5 = "t5", "switch_transformers", "mt5"
 ARCHITECTURES = {
     T5: "T5ForConditionalGeneration",
@@ -76,7 +78,7 @@ LAYOUTS = (DENSE_LAYOUT, SWITCH_LAYOUT)
 
 def layout_of(architecture: Architecture) -> Layout:
     """The table of a model."""
-    return SWITCH_LAYOUT if any(architecture.encoder + architecture.decoder) else DENSE_LAYOUT
+    return SWITCH_LAYOUT if architecture.is_sparse else DENSE_LAYOUT
 
 
 def sparse_pattern(num_layers: int, num_sparse: int) -> tuple[bool, ...]:
@@ -171,7 +173,7 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
     Raises:
       UserError: transformers has no such model: what it lacks is named.
     """
-    sparse = any(architecture.encoder + architecture.decoder)
+    sparse = architecture.is_sparse
     config: dict[str, Any] = {
         "model_type": SWITCH if sparse else T5,
         "architectures": [ARCHITECTURES[SWITCH if sparse else T5]],
@@ -226,8 +228,7 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
 
 def copies_of_embedding(architecture: Architecture) -> dict[str, str]:
     """Arrays to be written once more, by another name: transformers 5 shares no embeddings of an untied Switch."""
-    sparse = any(architecture.encoder + architecture.decoder)
-    return dict.fromkeys(COPIES, _EMBEDDING) if sparse and not architecture.tied_logits else {}
+    return dict.fromkeys(COPIES, _EMBEDDING) if architecture.is_sparse and not architecture.tied_logits else {}
 
 
 def without_copies(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -169,5 +168,3 @@ def _write_shard(file: Path, arrays: Mapping[str, tuple[StoredArray, Produce]]) 
         for array, produce in arrays.values():
             for index in pieces(array.shape, array.dtype.itemsize):
                 stream.write(np.ascontiguousarray(produce(index)).tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())

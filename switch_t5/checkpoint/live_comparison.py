@@ -14,6 +14,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from switch_t5.checkpoint import huggingface
 from switch_t5.checkpoint.folder import is_url
 from switch_t5.checkpoint.format_names import HUGGING_FACE
 from switch_t5.checkpoint.load import load_params
@@ -27,7 +28,6 @@ LOGITS_BOUND = 1e-4
 """Of the worst difference of two logits, as a share of the largest logit: some ten times what float32 rounds away."""
 
 _ROWS, _INPUTS, _TARGETS = 2, 48, 24
-_EXPERT_CAPACITY = 64  # Of transformers' configuration, where a file does not say.
 
 
 def compare_logits(source: Recognised, target: Recognised, dtype: str | None) -> dict[str, Any]:
@@ -135,5 +135,5 @@ def _moe(theirs: Recognised) -> MoEConfig | None:
     experts = max(theirs.architecture.encoder_experts, theirs.architecture.decoder_experts)
     if not experts:
         return None
-    capacity = int((theirs.reader.checkpoint.config or {}).get("expert_capacity") or _EXPERT_CAPACITY)
+    capacity = int((theirs.reader.checkpoint.config or {}).get(huggingface.CAPACITY) or huggingface.DEFAULT_CAPACITY)
     return MoEConfig(experts, group_size="sequence", expert_capacity=capacity, padding="routed", jitter_noise=0.0)

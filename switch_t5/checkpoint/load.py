@@ -36,7 +36,11 @@ class Loaded(NamedTuple):
 
 
 def is_known(path: str) -> bool:
-    """Whether a checkpoint holds a model that the tables know; one of ours may have more than they do."""
+    """Whether a checkpoint holds a model that the tables know; one of ours may have more than they do.
+
+    One of ours that is stacked otherwise than its reader wants is then read as another format would be; one with sparse
+    attention, say, is not.
+    """
     try:
         read_checkpoint(path, optimizer=False)
     except UserError:
@@ -99,7 +103,6 @@ def load_params(path: str, config: TransformerConfig, abstract_params: Any) -> L
       UserError: there is no checkpoint, it is damaged, or it is of another architecture.
     """
     ours = _remote(path)
-    # One that is stacked otherwise is read as another format would be; sparse attention, say, is not.
     if ours is not None and (native_remote.fits(ours, _PARAMS, abstract_params) or not is_known(path)):
         return Loaded(native_remote.restore_part(ours, _PARAMS, abstract_params), ours.step)
     recognised = fitting(path, config, optimizer=False)
@@ -121,7 +124,7 @@ def load_state(path: str, config: TransformerConfig, abstract_state: Any) -> Any
       UserError: as :func:`load_params`; or the checkpoint holds no optimizer's state, or one of another kind.
     """
     ours = _remote(path)
-    if ours is not None:
+    if ours is not None and (native_remote.fits(ours, "", abstract_state) or not is_known(path)):
         return native_remote.restore_part(ours, "", abstract_state)
     recognised = fitting(path, config)
     step = recognised.reader.checkpoint.step

@@ -307,10 +307,10 @@ class Checkpointer:
             return native_restore.restore_part(self._folder(step), name, abstract_part, saved, manifest)
 
     def fits(self, name: str, abstract_part: Any, step: int) -> bool:
-        """Whether a part of a checkpoint has these leaves, of these shapes."""
+        """Whether a part of a checkpoint, all of it where ``name`` is empty, has these leaves, of these shapes."""
         with self._read_errors(step):
             saved = naming.part(self._described(step)[1], name)
-        return naming.first_difference(naming.named_leaves({name: abstract_part}), saved, dtypes=False) is None
+        return naming.first_difference(naming.leaves_of_part(name, abstract_part), saved, dtypes=False) is None
 
     def restore_numpy(self, step: int | None = None) -> dict[str, np.ndarray]:
         """Reads a whole state without knowing the model: its arrays by name, such as ``params/embedding``.
@@ -393,12 +393,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
         """Explains a failed save, and removes what it had written."""
-        latest = self.latest_step()
-        consequence = (
-            "no checkpoint was saved before"
-            if latest is None
-            else f"the checkpoint of step {latest} is whole, and the same command goes on from it"
-        )
+        consequence = self._consequence()
         doing = f"Saving the checkpoint of step {self._saving} in {self._directory}"
         try:
             with storage_errors(doing, consequence):
@@ -409,12 +404,23 @@ class Checkpointer:
                     shutil.rmtree(path, ignore_errors=True)
             self._saving = None
             if jax.process_count() == 1:  # Processes would have to do it together, and others may not have failed.
-                self._manager.reload()  # Orbax has forgotten those that it would have deleted.
+                with contextlib.suppress(OSError):  # The same disk's, and this error is the first.
+                    self._manager.reload()  # Orbax has forgotten those that it would have deleted.
             if isinstance(error, CheckpointDamaged):
                 raise UserError(
                     f"{doing} failed ({str(error).rstrip('.')}): see to that disk; {consequence}."
                 ) from error
             raise
+
+    def _consequence(self) -> str:
+        """What a failed save leaves its run with."""
+        try:
+            latest = self.latest_step()
+        except OSError as error:
+            return f"which checkpoints there are cannot be told ({error.strerror})"
+        if latest is None:
+            return "no checkpoint was saved before"
+        return f"the checkpoint of step {latest} is whole, and the same command goes on from it"
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:

@@ -52,6 +52,11 @@ def part(named: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: leaf for key, leaf in named.items() if not name or key.split(SEPARATOR)[0] == name}
 
 
+def leaves_of_part(name: str, part: Any) -> dict[str, Any]:
+    """The leaves of one part of a state, by their names in the whole; of the whole where ``name`` is empty."""
+    return named_leaves({name: part} if name else part)
+
+
 def check_fit(checkpoint: object, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, dtypes: bool) -> None:
     """Checks that a checkpoint has the leaves that a run wants, see :func:`first_difference`.
 

@@ -45,7 +45,7 @@ def _manifest(folder: str) -> Manifest:
 
 def fits(checkpoint: OpenCheckpoint, name: str, abstract_part: Any) -> bool:
     """Whether a part of a checkpoint has these leaves, of these shapes; as of a Checkpointer."""
-    wanted = naming.named_leaves({name: abstract_part})
+    wanted = naming.leaves_of_part(name, abstract_part)
     return naming.first_difference(wanted, naming.part(checkpoint.arrays, name), dtypes=False) is None
 
 

@@ -59,8 +59,9 @@ def read_arrays(
                 checking[name] = background.submit(fingerprint.begin, array)
             # A fingerprint is of the bits that were saved.
             found[name] = array if array.dtype == wanted[name].dtype else array.astype(wanted[name].dtype)
+        parts = {name: begun.result() for name, begun in checking.items()}
     if manifest is not None:
-        check_arrays(folder, manifest, fingerprint.finish({name: parts.result() for name, parts in checking.items()}))
+        check_arrays(folder, manifest, fingerprint.finish(parts))
     return found
 
 
@@ -80,11 +81,10 @@ def restore_part(
       CheckpointDamaged: an array is not what was saved.
       UserError: a leaf has another shape or is missing.
     """
-    tree = {name: abstract_part} if name else abstract_part
-    wanted = naming.named_leaves(tree)
+    wanted = naming.leaves_of_part(name, abstract_part)
     naming.check_fit(folder, wanted, naming.part(saved, name), dtypes=False)
-    found = naming.like(tree, read_arrays(folder, wanted, saved, manifest))
-    return found[name] if name else found
+    found = read_arrays(folder, wanted, saved, manifest)
+    return jax.tree.unflatten(jax.tree.structure(abstract_part), [found[leaf] for leaf in wanted])
 
 
 def _as_they_come(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[tuple[str, jax.Array]]:

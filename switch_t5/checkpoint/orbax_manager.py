@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.data_positions import DataPositionsHandler, DataPositionsRestore, DataPositionsSave
 from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave
-from switch_t5.checkpoint.piecewise import Piecewise, of_shards, registry
+from switch_t5.checkpoint.piecewise import Piecewise, PiecewiseHandler, of_shards, registry
 from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
 from switch_t5.checkpoint.snapshot import on_cpu
 
@@ -59,6 +60,50 @@ def _split_axes(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     return ()
 
 
+class _Arrays(ocp.PyTreeCheckpointHandler):
+    """Orbax's, which can be waited for."""
+
+    _begun: Sequence[Any] = ()
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> Any:
+        self._begun = await super().async_save(*args, **kwargs) or ()
+        return self._begun
+
+    def wait(self) -> None:
+        """Waits until nothing of the last save is being written any more, whether or not it is whole."""
+        for begun in self._begun:
+            with contextlib.suppress(Exception):
+                begun.result()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but that a failure is told when no array is being written any more.
+
+    Orbax tells it as soon as one item has failed, and arrays may go on being written: into a folder that is removed, or
+    from memory that the next save's copies need.
+    """
+
+    def __init__(self, arrays: _Arrays, *args: Any, **kwargs: Any) -> None:
+        self._arrays = arrays
+        super().__init__(*args, **kwargs)
+
+    def save(self, *args: Any, **kwargs: Any) -> bool:
+        with self._failing_last():
+            return super().save(*args, **kwargs)
+
+    def wait_until_finished(self) -> None:
+        with self._failing_last():
+            super().wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing_last(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._arrays.wait()
+            raise
+
+
 def make_manager(
     directory: Path,
     config: CheckpointConfig,
@@ -77,12 +122,12 @@ def make_manager(
     """
     _silence_orbax()
     # Compression is slower than a disk and, on trained parameters, saves next to nothing.
-    arrays = ocp.PyTreeCheckpointHandler(
+    arrays = _Arrays(
         use_ocdbt=True,
         use_zarr3=True,
         use_compression=False,
         save_concurrent_gb=max(1, in_flight_gb),
-        type_handler_registry=registry(in_flight_gb * 10**9),
+        type_handler_registry=registry(PiecewiseHandler(in_flight_gb * 10**9)),
     )
     data = DataPositionsHandler()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -94,7 +139,7 @@ def make_manager(
     handlers.add("manifest", ManifestSave, manifest)
     before_commit = None if read_only else manifest.check_written
     options = manager_options(config, read_only=read_only, before_commit=before_commit)
-    return ocp.CheckpointManager(directory, handler_registry=handlers, options=options)
+    return _Manager(arrays, directory, handler_registry=handlers, options=options)
 
 
 @functools.cache

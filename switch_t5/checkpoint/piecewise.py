@@ -61,7 +61,27 @@ def of_shards(array: jax.Array) -> Piecewise:
     return Piecewise(array.shape, np.dtype(array.dtype), array.sharding.shard_shape(array.shape), parts)
 
 
-class _Handler(type_handlers.NumpyHandler):
+class PiecewiseHandler(type_handlers.NumpyHandler):
+    """How Orbax writes arrays that come in parts."""
+
+    def __init__(self, in_flight: int) -> None:
+        """Of saves one after another.
+
+        Args:
+          in_flight: bytes of parts on their way to the disk; the one that comes last is beside them.
+        """
+        super().__init__(deepcopy_host_arrays=False)
+        self._in_flight = in_flight
+
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        await _OneSave(self._in_flight)._background_serialize(values, infos, args)
+
+    def memory_size(self, values: Sequence[Any]) -> Sequence[tuple[int, int]]:
+        """Bytes of each array that are written and read."""
+        return [(value.nbytes, value.nbytes) for value in values]
+
+
+class _OneSave(type_handlers.NumpyHandler):
     """Writes the parts of one array after another's, into the files that Orbax would write, as they lie in memory."""
 
     def __init__(self, in_flight: int) -> None:
@@ -71,14 +91,12 @@ class _Handler(type_handlers.NumpyHandler):
         self._failure: Exception | None = None
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
-        self._writing, self._failure = deque(), None
         await super()._background_serialize(values, infos, args)
         while self._writing:  # After a failure: a part that is still being written would make its folder anew.
             with contextlib.suppress(Exception):
                 self._writing.popleft()[1].result()
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if self._failure is not None:
+            raise self._failure
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         try:
@@ -102,18 +120,11 @@ class _Handler(type_handlers.NumpyHandler):
             del part
             while sum(size for size, _ in self._writing) > self._in_flight:
                 self._writing.popleft()[1].result()
-        for future in begun:
-            await future
-
-    def memory_size(self, values: Sequence[Any]) -> Sequence[tuple[int, int]]:
-        return [(value.nbytes, value.nbytes) for value in values]
+        for written in begun:
+            await written
 
 
-def registry(in_flight: int) -> type_handlers.TypeHandlerRegistry:
-    """How Orbax writes the leaves of a tree: arrays of ours in parts, those of JAX and NumPy as it always does.
-
-    Args:
-      in_flight: bytes of parts on their way to the disk; the one that comes last is beside them.
-    """
+def registry(handler: PiecewiseHandler) -> type_handlers.TypeHandlerRegistry:
+    """How Orbax writes the leaves of a tree: arrays of ours in parts, those of JAX and NumPy as it always does."""
     usual = ((kind, type_handlers.get_type_handler(kind)) for kind in (np.ndarray, jax.Array))
-    return type_handlers.create_type_handler_registry((Piecewise, _Handler(in_flight)), *usual)
+    return type_handlers.create_type_handler_registry((Piecewise, handler), *usual)

@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
     result["dtypes"] = dict(Counter(arrays[name].dtype.name for name in names if name in arrays))
     unknown = checkpoint.format == NATIVE and has_unknown_optimizer(arrays)
     result["optimizer"] = "unknown" if unknown else "adafactor" if moments else None
-    result["arrays"] = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
+    result["arrays"] = {
+        name: {"shape": list(array.shape), "dtype": array.dtype.name, "bytes": array.nbytes}
+        for name, array in arrays.items()
+    }
     result["integrity"] = _integrity(checkpoint, args.deep)
     _print(result)
     write_json(result, args.json)
@@ -101,8 +104,12 @@ def _print(result: dict[str, Any]) -> None:
         value = result.get(name)
         if value is not None:
             print(f"{name:11} {value:,}" if isinstance(value, int) else f"{name:11} {value}", file=sys.stderr)
+    for stack, experts in result.get("experts", {}).items():
+        if experts["count"]:
+            blocks = ", ".join(map(str, experts["blocks"]))
+            print(f"{'experts':11} {experts['count']} in {stack} blocks {blocks}", file=sys.stderr)
     for name, value in (result["architecture"] or {}).items():
         print(f"{'':11} {name} = {value!r}", file=sys.stderr)
     width = max(len(name) for name in result["arrays"])
     for name, array in result["arrays"].items():
-        print(f"{name:{width}}  {array['dtype']:9} {tuple(array['shape'])}")
+        print(f"{name:{width}}  {array['dtype']:9} {array['bytes']:>15,}  {tuple(array['shape'])}")

@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
     _check_restart(configuration, model_dir)
     step_fn, batches = _prepare(configuration, run)
     with Checkpointer(model_dir, spec.checkpoint) as checkpointer:
-        if is_first():  # Another run that is writing there was refused before this.
-            _write_configuration(configuration, model_dir)
         resumes = checkpointer.latest_step() is not None
         state = _first_state(run, checkpointer, batches)
+        if is_first():  # A start that was refused leaves no configuration; nor does one where another run is writing.
+            _write_configuration(configuration, model_dir)
         first_step = int(state.step)
         _banner(run, first_step)
         if first_step >= spec.train.train_steps:

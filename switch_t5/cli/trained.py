@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from switch_t5.errors import UserError
 
@@ -47,34 +47,37 @@ def load_model(config: TransformerConfig, abstract_params: Params, path: str) ->
       path: see :func:`switch_t5.checkpoint.formats.format_of`; of a run of ours, its newest checkpoint.
     """
     from switch_t5.checkpoint import load
-    from switch_t5.checkpoint.folder import is_url
-    from switch_t5.checkpoint.format_names import NATIVE
-    from switch_t5.checkpoint.formats import format_of
-    from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
-    if not is_url(path) and format_of(path)[0] == NATIVE:
-        model_dir, step = locate_checkpoint(path)
-        with Checkpointer(model_dir, read_only=True) as source:
-            # A model scanned here and not there is read as another format would be; sparse attention, say, is not.
-            if source.fits("params", abstract_params, step) or not load.is_known(path):
-                return source.restore_part("params", abstract_params, step), step
+    restored = _restored(path, "params", abstract_params)
+    if restored is not None:
+        return restored
     loaded = load.load_params(path, config, abstract_params)
     return loaded.params, loaded.step or 0
 
 
-def load_state(run: Run, path: str) -> TrainState:
-    """Parameters, optimizer and step of a checkpoint, to go on from in another run."""
+def _restored(path: str, name: str, abstract_part: Any) -> tuple[Any, int] | None:
+    """A part of a state and its step, from a checkpoint of ours on a disk; None where tables are to read it."""
     from switch_t5.checkpoint import load
     from switch_t5.checkpoint.folder import is_url
     from switch_t5.checkpoint.format_names import NATIVE
     from switch_t5.checkpoint.formats import format_of
     from switch_t5.checkpoint.manager import Checkpointer, locate_checkpoint
 
-    if not is_url(path) and format_of(path)[0] == NATIVE:
-        model_dir, step = locate_checkpoint(path)
-        with Checkpointer(model_dir, read_only=True) as source:
-            return source.restore_part("", run.abstract_state, step)
-    return load.load_state(path, run.spec.transformer, run.abstract_state)
+    if is_url(path) or format_of(path)[0] != NATIVE:
+        return None
+    model_dir, step = locate_checkpoint(path)
+    with Checkpointer(model_dir, read_only=True) as source:
+        if source.fits(name, abstract_part, step) or not load.is_known(path):
+            return source.restore_part(name, abstract_part, step), step
+    return None
+
+
+def load_state(run: Run, path: str) -> TrainState:
+    """Parameters, optimizer and step of a checkpoint, to go on from in another run."""
+    from switch_t5.checkpoint import load
+
+    restored = _restored(path, "", run.abstract_state)
+    return load.load_state(path, run.spec.transformer, run.abstract_state) if restored is None else restored[0]
 
 
 def upcycled_state(run: Run, path: str, upcycling: UpcyclingConfig) -> TrainState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
 
 import jax
@@ -15,8 +17,9 @@ from switch_t5.checkpoint import stored_arrays
 from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.checkpoint.native_files import open_array
 from switch_t5.checkpoint.orbax_manager import to_save
-from switch_t5.checkpoint.piecewise import Piecewise, of_shards, registry
+from switch_t5.checkpoint.piecewise import Piecewise, PiecewiseHandler, of_shards, registry
 from switch_t5.checkpoint.stored_arrays import piece_shape, pieces
+from switch_t5.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,8 @@ def test_only_one_copy_of_what_several_devices_hold_is_written():
 
 
 def _save(folder: Path, leaves: dict[str, Piecewise]) -> None:
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, type_handler_registry=registry(0))
+    types = registry(PiecewiseHandler(0))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, type_handler_registry=types)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder, args=to_save(leaves))
 
@@ -112,3 +116,32 @@ def test_what_comes_after_a_failure_is_not_tried(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         _save(tmp_path / "saved", {name: parts_of(name) for name in "abc"})
     assert len(asked) == 1
+
+
+def test_a_failed_save_is_told_when_nothing_is_being_written_any_more(tmp_path, monkeypatch):
+    state, written = {"x": jnp.arange(1 << 10, dtype=jnp.float32)}, []
+
+    def slow(array: jax.Array) -> Piecewise:
+        leaf = of_shards(array)
+
+        def parts(piece):
+            time.sleep(0.5)
+            yield from leaf.parts(piece)
+            written.append(array)
+
+        return dataclasses.replace(leaf, parts=parts)
+
+    def fails(*args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with Checkpointer(tmp_path) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr("switch_t5.checkpoint.orbax_manager.of_shards", slow)
+            patch.setattr("switch_t5.checkpoint.data_positions.DataPositionsHandler.save", fails)
+            checkpointer.save(1, state, {"data": b"1"})
+            with pytest.raises(UserError, match=r"Saving the checkpoint of step 1 .* failed"):
+                checkpointer.wait()
+            assert len(written) == 1
+        assert not list(checkpointer.directory.iterdir())
+        checkpointer.save(2, state, {"data": b"2"})
+        np.testing.assert_array_equal(checkpointer.restore_numpy()["x"], state["x"])

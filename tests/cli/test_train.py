@@ -23,3 +23,15 @@ def test_a_second_run_is_refused_before_it_changes_the_first_ones_configuration(
         assert main(["train", f"--gin_file={TINY}", f"--gin.MODEL_DIR={tmp_path}", "--gin.TEXTS=unused"]) == 2
     assert "is being written by another run" in capsys.readouterr().err
     assert (tmp_path / "config.gin").read_text() == "of the first"
+
+
+def test_a_start_that_is_refused_leaves_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing: tuple[Any, Any] = (None, None)
+    monkeypatch.setattr(train, "_prepare", lambda configuration, run: nothing)
+    start = f"--gin.TrainConfig.initial_checkpoint_path={str(tmp_path / 'absent')!r}"
+    command = ["train", f"--gin_file={TINY}", f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.TEXTS=unused", start]
+    assert main(command) == 2
+    assert f"{tmp_path / 'absent'} does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.gin").exists()
