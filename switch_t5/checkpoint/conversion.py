@@ -159,13 +159,16 @@ def _array(source: Recognised, entry: Placed, dtype: str | None) -> StoredArray:
     return StoredArray(entry.shape, kept, read)
 
 
-def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) -> dict[str, Any]:
+def write(
+    source: Recognised, target: Target, *, tokenizer: Path | None = None, compression: str = "gzip"
+) -> dict[str, Any]:
     """Writes the target under another name, and renames it when it is whole.
 
     Args:
       source: the checkpoint.
       target: what :func:`plan` laid out.
       tokenizer: a SentencePiece model to lie beside a Hugging Face model, as ``spiece.model``.
+      compression: of a T5X checkpoint, see :data:`switch_t5.checkpoint.t5x_files.COMPRESSIONS`.
 
     Returns:
       The certificate: what was read and written, and the fingerprint of each array that was written.
@@ -175,7 +178,7 @@ def write(source: Recognised, target: Target, *, tokenizer: Path | None = None) 
     """
     untouched = storage_errors(f"Writing {target.path}", "what stood there before is untouched")
     with _folder_above(target.path), _partial(target.path) as partial, untouched:
-        certificate = _fill(partial, source, target, tokenizer)
+        certificate = _fill(partial, source, target, tokenizer, compression)
         _sync(partial)
         _put_in_place(partial, target.path)
     return certificate
@@ -237,7 +240,9 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _fill(partial: Path, source: Recognised, target: Target, tokenizer: Path | None) -> dict[str, Any]:
+def _fill(
+    partial: Path, source: Recognised, target: Target, tokenizer: Path | None, compression: str
+) -> dict[str, Any]:
     """Writes all files of the target into an empty folder, and returns the certificate."""
     sums: dict[str, str] = {}
     recorded = {name: _recording(name, array, sums) for name, array in target.arrays.items()}
@@ -245,7 +250,7 @@ def _fill(partial: Path, source: Recognised, target: Target, tokenizer: Path | N
     if target.format == T5X:
         scalars = {t5x.STEP: np.array(step, np.int32)}
         scalars |= t5x.placeholders(target.places) if target.optimizer else {}
-        write_t5x(str(partial), recorded, scalars)
+        write_t5x(str(partial), recorded, scalars, compression)
     elif target.format == HUGGING_FACE:
         dtype = next(iter(target.arrays.values())).dtype.name
         config = huggingface.config_of(source.architecture, dtype) | _capacity(source)

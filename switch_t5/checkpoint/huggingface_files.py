@@ -25,6 +25,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _LARGEST_JSON = 1 << 28
 _SHARD_BYTES = 1 << 31
+"""What a shard stays below, unless one array is larger."""
 
 
 def open_huggingface(path: str) -> OpenCheckpoint:
@@ -121,23 +122,19 @@ def _opened(file: str) -> Iterator[Any]:
 
 
 def write_huggingface(
-    folder: Path,
-    config: Mapping[str, Any],
-    arrays: Mapping[str, tuple[StoredArray, Produce]],
-    shard_bytes: int = _SHARD_BYTES,
+    folder: Path, config: Mapping[str, Any], arrays: Mapping[str, tuple[StoredArray, Produce]]
 ) -> None:
-    """Writes a model: ``config.json`` and shards of safetensors.
+    """Writes a model: ``config.json`` and shards of safetensors; nothing of it is synced.
 
     Args:
       folder: an empty folder that nobody reads yet.
       config: the model's description.
       arrays: by their names; of each its shape and dtype, and what makes it or a part of it.
-      shard_bytes: the size that a shard stays below, unless one array is larger.
     """
     shards: list[list[str]] = [[]]
     size = 0
     for name, (array, _) in arrays.items():
-        if shards[-1] and size + array.nbytes > shard_bytes:
+        if shards[-1] and size + array.nbytes > _SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)

@@ -60,12 +60,13 @@ def _split_axes(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     return ()
 
 
-class _Arrays(ocp.PyTreeCheckpointHandler):
+class ArraysHandler(ocp.PyTreeCheckpointHandler):
     """Orbax's, which can be waited for."""
 
     _begun: Sequence[Any] = ()
 
     async def async_save(self, *args: Any, **kwargs: Any) -> Any:
+        """Begins to write arrays in the background."""
         self._begun = await super().async_save(*args, **kwargs) or ()
         return self._begun
 
@@ -83,7 +84,7 @@ class _Manager(ocp.CheckpointManager):
     from memory that the next save's copies need.
     """
 
-    def __init__(self, arrays: _Arrays, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, arrays: ArraysHandler, *args: Any, **kwargs: Any) -> None:
         self._arrays = arrays
         super().__init__(*args, **kwargs)
 
@@ -122,7 +123,7 @@ def make_manager(
     """
     _silence_orbax()
     # Compression is slower than a disk and, on trained parameters, saves next to nothing.
-    arrays = _Arrays(
+    arrays = ArraysHandler(
         use_ocdbt=True,
         use_zarr3=True,
         use_compression=False,

@@ -34,6 +34,9 @@ VERSION = 3
 FOLDER = "checkpoint_"
 """What a checkpoint's folder is called before its step."""
 
+COMPRESSIONS: dict[str, dict[str, Any] | None] = {"gzip": {"id": "gzip", "level": 1}, "none": None}
+"""How chunks are stored, as Zarr calls it: T5X writes the first, and reads both."""
+
 _NDARRAY = 1  # The extension type of Flax's msgpack for an array.
 _LARGEST_INDEX = 1 << 30
 _LARGEST_CHUNK = 1 << 26
@@ -187,21 +190,25 @@ def _read(path: str, folder: str, shape: tuple[int, ...], chunk: tuple[int, ...]
 
 
 def write_t5x(
-    folder: str, arrays: Mapping[str, tuple[StoredArray, Produce]], scalars: Mapping[str, np.ndarray]
+    folder: str,
+    arrays: Mapping[str, tuple[StoredArray, Produce]],
+    scalars: Mapping[str, np.ndarray],
+    compression: str = "gzip",
 ) -> None:
-    """Writes a checkpoint: arrays piece by piece, the index at last.
+    """Writes a checkpoint: arrays piece by piece, the index at last; nothing of it is synced.
 
     Args:
       folder: an empty folder that nobody reads yet.
       arrays: by their names; of each its shape and dtype, and what makes it.
       scalars: arrays of one number, for the index.
+      compression: one of ``COMPRESSIONS``.
     """
     tree: dict[str, Any] = {}
     for name, (array, produce) in arrays.items():
         if math.prod(array.shape) == 1:
             _insert(tree, name, _inline(produce(None)))
             continue
-        spec = _specification(name, array)
+        spec = _specification(name, array, COMPRESSIONS[compression])
         place = {**spec, "kvstore": {"driver": "file", "path": f"{folder}/{spec['kvstore']['path']}"}}
         store = ts.open(place, create=True, delete_existing=True, context=_UNSYNCED).result()
         for index in writable_chunks(array.shape, tuple(spec["metadata"]["chunks"])):
@@ -225,7 +232,7 @@ def _insert(tree: dict[str, Any], name: str, leaf: Any) -> None:
     tree[last] = leaf
 
 
-def _specification(name: str, array: StoredArray) -> dict[str, Any]:
+def _specification(name: str, array: StoredArray, compressor: dict[str, Any] | None) -> dict[str, Any]:
     """An array as T5X's index describes it."""
     chunks = list(array.shape)
     while math.prod(chunks) * array.dtype.itemsize > _LARGEST_CHUNK:
@@ -239,6 +246,6 @@ def _specification(name: str, array: StoredArray) -> dict[str, Any]:
         "metadata": {
             "shape": list(array.shape),
             "chunks": chunks,
-            "compressor": {"id": "gzip", "level": 1},
+            "compressor": compressor,
         },
     }

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switch_t5.checkpoint.format_names import FORMATS, HUGGING_FACE
+from switch_t5.checkpoint.format_names import FORMATS, HUGGING_FACE, T5X
 from switch_t5.cli.output import add_json_flag, write_json
 from switch_t5.errors import UserError
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default as they are")
     parser.add_argument("--scanned", action="store_true", help="stack blocks for a scan, in our format or T5X's")
     parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece model to lie beside a Hugging Face model")
+    parser.add_argument("--compression", choices=("gzip", "none"), help="of a T5X checkpoint; gzip, as T5X does")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -47,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tokenizer={tokenizer} must be a file, and belongs to --format=huggingface alone.")
     if tokenizer is not None:
         count_pieces(str(tokenizer))  # Which refuses any other file.
+    if args.compression is not None and args.format != T5X:
+        raise UserError(f"--compression={args.compression} belongs to --format=t5x alone.")
     checkpoint = open_checkpoint(args.source)
     source = recognised(checkpoint)
     target = plan(source, args.to, args.format, dtype=args.dtype, scanned=args.scanned)
     check_certificate(checkpoint)  # Or the one of the result would vouch for damage.
-    certificate = write(source, target, tokenizer=tokenizer)
+    certificate = write(source, target, tokenizer=tokenizer, compression=args.compression or "gzip")
     if args.verify:
         certificate["verified"] = _verify(source, target.path, args.dtype)
         _rewrite(target.path, certificate)

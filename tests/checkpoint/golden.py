@@ -40,10 +40,3 @@ def huggingface_folder(folder: Path, model: str, weights: str = "weights") -> Pa
     (folder / "config.json").write_text(json.dumps({"model_type": kind, **config}))
     shutil.copy(HUGGING_FACE / f"{model}_{weights}.safetensors", folder / "model.safetensors")
     return folder
-
-
-def flip(path: Path, at: int | None = None, bits: int = 1 << 3) -> None:
-    """Flips bits of one byte of a file: of that at ``at``, or of the middle one."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if at is None else at] ^= bits
-    path.write_bytes(content)

@@ -30,6 +30,7 @@ from switch_t5.checkpoint.recognition import recognise
 from switch_t5.checkpoint.stored_arrays import CheckpointDamaged, OpenCheckpoint, StoredArray
 from switch_t5.errors import UserError
 from switch_t5.model.functional import Model
+from tests.checkpoint.damage import on_a_disk
 from tests.checkpoint.golden import abstract
 from tests.checkpoint.test_conversion import GATED, SWITCH, converted, saved, state_of
 
@@ -298,14 +299,9 @@ except UserError as error:
 
 
 def test_a_read_only_disk_is_one_sentence(sources, tmp_path):
-    """A real one, since permissions are nothing to root: mounted where only this test's process sees it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    prefix += [f'mount -t tmpfs -o ro tmpfs "{disk}" && exec "$@"', "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], check=False).returncode:
-        pytest.skip("mounting a read-only disk needs user namespaces")
-    command = [*prefix, sys.executable, "-c", READ_ONLY, str(sources["run"]), str(disk)]
+    command = [*on_a_disk("ro", disk), sys.executable, "-c", READ_ONLY, str(sources["run"]), str(disk)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     refused = "cannot be written (Read-only file system): name a folder that can."
     *codes, of_save = result.stdout.splitlines()
@@ -313,6 +309,28 @@ def test_a_read_only_disk_is_one_sentence(sources, tmp_path):
     assert of_save.startswith(f"MODEL_DIR {disk}/run") and of_save.endswith(refused)
     said = [line for line in result.stderr.splitlines() if "--to" in line]
     assert len(said) == 3 and all(line.endswith(refused) for line in said)
+
+
+FULL = """
+import sys
+from pathlib import Path
+from switch_t5.cli.main import main
+
+source, disk = sys.argv[1:]
+for form in ("native", "t5x", "huggingface"):
+    code = main(["convert", f"--from={source}", f"--to={disk}/{form}", f"--format={form}"])
+    print(code, [path.name for path in Path(disk).iterdir()])
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(sources, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [*on_a_disk("size=32k", disk), sys.executable, "-c", FULL, str(sources["run"]), str(disk)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["2 []"] * 3, result.stderr
+    said = [line for line in result.stderr.splitlines() if "failed (No space left on device): make room there" in line]
+    assert len(said) == 3, result.stderr
 
 
 @pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])

@@ -29,6 +29,7 @@ from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.training.optimizers import adafactor
 from switch_t5.training.state import TrainState
+from switch_t5.types import Array
 from tests.checkpoint.golden import abstract
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "emb_dim": 8, "num_heads": 2, "head_dim": 6, "mlp_dim": 12}
@@ -38,12 +39,16 @@ SWITCH = TransformerConfig(**SIZES, num_encoder_layers=4, num_decoder_layers=2, 
 EVERY = dataclasses.replace(SWITCH, encoder_sparse_layers=1, decoder_sparse_layers=1)
 SCANNED = dataclasses.replace(SWITCH, num_decoder_layers=4, scan_layers=True)
 OWN_BIAS = dataclasses.replace(SCANNED, relpos_per_layer=True)
+SCANNED_DENSE = dataclasses.replace(DENSE, scan_layers=True)
 SCALABLE = dataclasses.replace(GATED, num_decoder_layers=3, scan_layers=True, relpos_per_layer=True)
 GATED_SWITCH = dataclasses.replace(SWITCH, mlp_activations=("gelu", "linear"), tied_logits=False)
 
 
-def state_of(config: TransformerConfig, *, factored: bool = True) -> TrainState:
-    """A training state in which every number is another, such that none can be taken for one of elsewhere."""
+def state_of(config: TransformerConfig, *, factored: bool = True, any_bits: bool = False) -> TrainState:
+    """A training state in which every number is another, such that none can be taken for one of elsewhere.
+
+    They are normal draws, or with ``any_bits`` of any bits: a few of these are infinite or no numbers.
+    """
     model = Model(config)
     options = {"min_dim_size_to_factor": 4, "factor_small_stacks": True} if factored else {"factored": False}
     make = adafactor(0.1, **options)(model.axes)
@@ -55,10 +60,15 @@ def state_of(config: TransformerConfig, *, factored: bool = True) -> TrainState:
     shapes = jax.eval_shape(build)
     leaves, structure = jax.tree.flatten(shapes)
     random = np.random.default_rng(0)
-    drawn = [
-        jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype) if leaf.shape else jnp.asarray(17, leaf.dtype)
-        for leaf in leaves
-    ]
+
+    def draw(leaf: Any) -> Array:
+        if not leaf.shape:
+            return jnp.asarray(17, leaf.dtype)
+        if any_bits:
+            return jnp.asarray(random.integers(0, 1 << 32, leaf.shape, np.uint32).view(leaf.dtype))
+        return jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype)
+
+    drawn = [draw(leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, drawn)
 
 
@@ -76,8 +86,8 @@ def converted(source: Path, to: Path, form: str, *, scanned: bool = False, dtype
 
 def assert_same(one: Any, other: Any) -> None:
     def compare_leaf(path: Any, a: Any, b: Any) -> None:
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), jax.tree_util.keystr(path)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
 
     jax.tree_util.tree_map_with_path(compare_leaf, one, other)
 
@@ -88,6 +98,7 @@ T5X_CASES = {
     "switch": (SWITCH, False, True),
     "scanned": (SCANNED, False, True),
     "scanned there too": (OWN_BIAS, True, True),
+    "scalable": (SCALABLE, True, True),
 }
 MORE_T5X_CASES = {
     "dense, factored": (DENSE, False, True),
@@ -95,7 +106,7 @@ MORE_T5X_CASES = {
     "switch, whole moments": (SWITCH, False, False),
     "every": (EVERY, False, True),
     "gated switch": (GATED_SWITCH, False, True),
-    "scalable": (SCALABLE, True, True),
+    "dense, scanned": (SCANNED_DENSE, False, True),
     "scalable, whole moments": (SCALABLE, True, False),
     "scanned there too, whole moments": (OWN_BIAS, True, False),
 }
@@ -107,7 +118,7 @@ MORE_T5X_CASES = {
     + [pytest.param(*case, id=name, marks=slow) for name, case in MORE_T5X_CASES.items()],
 )
 def test_there_and_back_by_t5x_is_bitwise_with_the_optimizer(tmp_path, config, scanned, factored):
-    state = state_of(config, factored=factored)
+    state = state_of(config, factored=factored, any_bits=True)
     run = saved(tmp_path / "run", state)
     there = converted(run, tmp_path / "t5x", "t5x", scanned=scanned)
     back = converted(there, tmp_path / "back", "native", scanned=config.scan_layers)
@@ -121,16 +132,29 @@ def test_there_and_back_by_t5x_is_bitwise_with_the_optimizer(tmp_path, config, s
     [
         pytest.param(GATED, id="gated"),
         pytest.param(SCANNED, id="scanned"),
+        pytest.param(SCANNED_DENSE, id="dense, scanned"),
         pytest.param(DENSE, id="dense", marks=slow),
         pytest.param(EVERY, id="every", marks=slow),
     ],
 )
 def test_there_and_back_by_hugging_face_is_bitwise(tmp_path, config):
-    state = state_of(config)
+    state = state_of(config, any_bits=True)
     there = converted(saved(tmp_path / "run", state), tmp_path / "hf", "huggingface")
     back = converted(there, tmp_path / "back", "native", scanned=config.scan_layers)
     with Checkpointer(back, read_only=True) as checkpointer:
         assert_same(checkpointer.restore_part("params", abstract(state.params)), state.params)
+
+
+def test_there_and_back_by_t5x_in_bfloat16_is_bitwise(tmp_path):
+    state = state_of(SWITCH)
+    there = converted(saved(tmp_path / "run", state), tmp_path / "t5x", "t5x", dtype="bfloat16")
+    back = converted(there, tmp_path / "back", "native")
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
+    for read in (load_params(str(path), SWITCH, abstract(rounded)).params for path in (there, back)):
+        assert_same(read, rounded)
+    with Checkpointer(back, read_only=True) as checkpointer:
+        assert_same(checkpointer.restore_part("params", abstract(rounded)), rounded)
+        assert checkpointer.leaves(17)["params/embedding/table"].dtype == jnp.bfloat16
 
 
 def test_each_device_reads_its_own_part(tmp_path):

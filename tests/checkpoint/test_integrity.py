@@ -42,8 +42,8 @@ from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.cli.trained import load_model
 from switch_t5.errors import UserError
 from switch_t5.model.functional import Model
+from tests.checkpoint.damage import flip, halve
 from tests.checkpoint.golden import abstract as abstract_of
-from tests.checkpoint.golden import flip
 from tests.checkpoint.test_conversion import SCANNED, saved, state_of
 
 TIMES_ALONE = "_CHECKPOINT_METADATA"
@@ -76,10 +76,6 @@ def promise_another(checkpoint: Path, array: jax.Array) -> None:
     assert right in text
     text = text.replace(right, as_text(np.array([1, 2], np.uint32)))
     manifest.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
-
-
-def halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("damage", [flip, halve, Path.unlink])
@@ -542,11 +538,17 @@ SAVING = """
     from pathlib import Path
     import numpy as np
     import jax, jax.numpy as jnp
-    from switch_t5.checkpoint import manager, orbax_manager
+    from switch_t5.checkpoint import manager, orbax_manager, stored_arrays
     from switch_t5.checkpoint.retention import CheckpointConfig
 
+    # A small state in as many pieces and files as a large one, whose parts wait for one another.
+    stored_arrays._PIECE, stored_arrays._LEAST_PIECE, orbax_manager._FILE_BYTES = 1 << 14, 1 << 10, 1 << 15
+    handler = orbax_manager.PiecewiseHandler
+    orbax_manager.PiecewiseHandler = lambda in_flight: handler(1 << 17)
+
     def state(step):
-        return {"x": jnp.full((1 << 16,), step, jnp.float32), "n": jnp.asarray(step, jnp.int32)}
+        arrays = {f"x{i}": jnp.full((1 << 14,), step, jnp.float32) for i in range(4)}
+        return {**arrays, "n": jnp.asarray(step, jnp.int32)}
 
     def save_until_killed(folder):
         with manager.Checkpointer(folder, CheckpointConfig(keep=2)) as checkpointer:
@@ -557,7 +559,7 @@ SAVING = """
                 )
                 restored = checkpointer.restore(like)
                 assert restored.step == step == int(restored.state["n"]), (restored.step, step)
-                assert (np.asarray(restored.state["x"]) == step).all()
+                assert all((np.asarray(restored.state[f"x{i}"]) == step).all() for i in range(4))
                 assert restored.data_state == {"0_of_1": str(step).encode()}
             (folder / "sound").write_text(str(step))
             while True:

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -28,6 +28,7 @@ from switch_t5.checkpoint.native_files import open_array
 from switch_t5.checkpoint.retention import CheckpointConfig
 from switch_t5.checkpoint.snapshot import held
 from switch_t5.errors import ConfigError, UserError
+from tests.checkpoint.damage import on_a_disk
 
 AXES = ("data", "expert", "model")
 
@@ -273,9 +274,9 @@ def test_arrays_are_written_as_they_are_and_compressed_ones_of_earlier_versions_
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     assert size(tmp_path / "new") > 4 << 20
-    handler = ocp.PyTreeCheckpointHandler
+    handler = orbax_manager.ArraysHandler
     monkeypatch.setattr(orbax_manager, "of_shards", lambda array: array)
-    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", lambda **more: handler(**more | {"use_compression": True}))
+    monkeypatch.setattr(orbax_manager, "ArraysHandler", lambda **more: handler(**more | {"use_compression": True}))
     assert size(tmp_path / "old") < 1 << 16
 
 
@@ -417,7 +418,7 @@ RUN = """
 """
 
 
-def _run(script: str, model_dir: Path, *, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def _run(script: str, model_dir: Path, *, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     code = textwrap.dedent(RUN) + textwrap.dedent(script)
     command = [*prefix, sys.executable, "-c", code, str(model_dir)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -480,11 +481,7 @@ def _assert_survives(result: subprocess.CompletedProcess[str], model_dir: Path, 
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
-    prefix = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
-    mount = f'mount -t tmpfs -o size=3m tmpfs "{tmp_path}" && exec "$@"'
-    if shutil.which("unshare") is None or subprocess.run([*prefix, mount, "sh", "true"], check=False).returncode:
-        pytest.skip("mounting a small disk needs user namespaces")
-    result = _run(FULL_DISK.format(begin="", end=""), tmp_path, prefix=(*prefix, mount, "sh"))
+    result = _run(FULL_DISK.format(begin="", end=""), tmp_path, prefix=on_a_disk("size=3m", tmp_path))
     _assert_survives(result, tmp_path, "No space left on device")
 
 

@@ -26,7 +26,8 @@ from switch_t5.checkpoint.stored_arrays import CheckpointDamaged
 from switch_t5.cli.main import main
 from switch_t5.errors import UserError
 from switch_t5.layers.moe_config import MoEConfig
-from tests.checkpoint.golden import abstract, flip
+from tests.checkpoint.damage import flip
+from tests.checkpoint.golden import abstract
 from tests.checkpoint.storage_server import serve
 from tests.checkpoint.test_conversion import SCANNED, SWITCH, assert_same, converted, saved, state_of
 

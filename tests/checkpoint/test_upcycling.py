@@ -22,7 +22,8 @@ from switch_t5.model.upcycling import UpcyclingConfig, check_upcycled, even_weig
 from switch_t5.routing.router import RouterConfig
 from switch_t5.training.state import TrainState
 from switch_t5.types import Params
-from tests.checkpoint.golden import abstract, flip
+from tests.checkpoint.damage import flip
+from tests.checkpoint.golden import abstract
 from tests.checkpoint.test_conversion import DENSE, GATED, SWITCH, assert_same, converted, saved, state_of
 from tests.model.small import examples, random_params, unpacked
 

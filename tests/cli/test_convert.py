@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+import sentencepiece
+from safetensors.numpy import load_file
 
-from switch_t5.checkpoint import conversion
+from switch_t5.checkpoint import conversion, huggingface_files
 from switch_t5.checkpoint.certificate import CERTIFICATE
 from switch_t5.cli.main import main
 from switch_t5.model.functional import Model
 from switch_t5.training.optimizers import adamw, sgd
 from switch_t5.training.state import TrainState
-from tests.checkpoint.golden import flip, params_of
+from tests.checkpoint.damage import flip, halve
+from tests.checkpoint.golden import params_of
 from tests.checkpoint.test_conversion import SWITCH, assert_same, saved, state_of
 from tests.model.small import random_params
 
@@ -65,6 +69,63 @@ def test_a_converted_array_that_changed_is_named_and_without_a_certificate_nothi
     (there / "conversion.json").unlink()
     assert main(["inspect", str(there), "--deep"]) == 0
     assert "the format has no checksums" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [flip, halve])
+@pytest.mark.parametrize("form", ["t5x", "huggingface"])
+def test_damage_to_a_file_of_a_converted_array_is_noticed(run_folder, tmp_path, capsys, form, damage):
+    there = tmp_path / "there"
+    assert main(["convert", f"--from={run_folder}", f"--to={there}", f"--format={form}"]) == 0
+    capsys.readouterr()
+    # Nothing can check what these say of things that are no arrays.
+    files = [path for path in there.rglob("*") if path.is_file() and path.name not in ("config.json", CERTIFICATE)]
+    if form == "t5x":
+        # Of hundreds of chunks and headers some of each.
+        files = [file for file in files if file.name == "checkpoint"] + sorted(files)[::11]
+        assert {file.name for file in files} > {"checkpoint", ".zarray", "0.0", "0.0.0"}
+    for file in files:
+        content = file.read_bytes()
+        damage(file)
+        assert main(["inspect", str(there), "--deep"]) == 2, file
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and re.search("is damaged|is not whole", said), said
+        file.write_bytes(content)
+    assert main(["inspect", str(there), "--deep"]) == 0
+
+
+def test_an_uncompressed_t5x_checkpoint_is_the_same(run_folder, tmp_path, capsys):
+    sizes = {}
+    for compression in ("gzip", "none"):
+        there = tmp_path / compression
+        words = ["convert", f"--from={run_folder}", f"--to={there}", "--format=t5x", f"--compression={compression}"]
+        assert main([*words, "--verify"]) == 0
+        assert "worst difference 0 absolute" in capsys.readouterr().err
+        [header] = there.rglob("target.token_embedder.embedding/.zarray")
+        sizes[compression] = (header.parent / "0.0").stat().st_size
+        assert json.loads(header.read_text())["compressor"] == ({"id": "gzip", "level": 1}, None)[compression == "none"]
+    assert sizes["none"] == 40 * 8 * 4 > sizes["gzip"]
+
+
+def test_shards_and_a_tokenizer_lie_beside_a_hugging_face_model(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_files, "_SHARD_BYTES", 4000)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three four five six"] * 9), model_prefix=str(tmp_path / "small"),
+        vocab_size=20, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    there, model = tmp_path / "hf", tmp_path / "small.model"
+    words = ["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface", f"--tokenizer={model}"]
+    assert main([*words, "--verify"]) == 0
+    assert "worst difference 0 absolute" in capsys.readouterr().err
+    assert (there / "spiece.model").read_bytes() == model.read_bytes()
+    index = json.loads((there / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3
+    assert shards == sorted(path.name for path in there.glob("*.safetensors"))
+    held = {shard: load_file(there / shard) for shard in shards}
+    assert {name: shard for shard, arrays in held.items() for name in arrays} == index["weight_map"]
+    sizes = {shard: sum(array.nbytes for array in arrays.values()) for shard, arrays in held.items()}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert all(size <= 4000 or len(held[shard]) == 1 for shard, size in sizes.items())
 
 
 def verified(run_folder: Path, to: Path, capsys, *more: str) -> tuple[int, dict, str]:
@@ -119,6 +180,7 @@ def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, cap
         ),
         (["convert", "--from={0}", "--to={0}/x", "--format=pickle"], "'pickle' is no --format"),
         (["convert", "--from={0}", "--to={0}/x", "--format=t5x", "--tokenizer=a"], "--tokenizer=a must be a file"),
+        (["convert", "--from={1}", "--to={0}/x", "--format=native", "--compression=none"], "belongs to --format=t5x"),
         (
             ["convert", "--from={1}", "--to=gs://b/x", "--format=t5x"],
             "--to=gs://b/x must be a local or mounted folder.",
@@ -202,7 +264,9 @@ def test_a_run_of_another_optimizer_is_converted_without_its_state_and_said_so(t
         assert main(words) == 0
         captured = capsys.readouterr()
         found = json.loads(captured.out)
-        assert found["left_out"] == "the optimizer's state, which is not Adafactor's"
+        more = "; expert_capacity, which no array tells: without it in config.json transformers takes 64"
+        what = "the optimizer's state, which is not Adafactor's" + (more if form == "huggingface" else "")
+        assert found["left_out"] == what
         assert "left out: the optimizer's state, which is not Adafactor's" in captured.err
         assert not found["to"]["optimizer"]
         assert_same(params_of(tmp_path / form, SWITCH), params)
