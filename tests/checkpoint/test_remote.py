@@ -80,6 +80,9 @@ def test_what_lies_there_is_recognised_and_read(bucket, form):
 def test_the_whole_state_goes_on(bucket, url):
     state = state_of(SCANNED)
     assert_same(load_state(url, SCANNED, abstract(state)), state)
+    written_out = dataclasses.replace(SCANNED, scan_layers=False)
+    wanted, local = abstract(state_of(written_out)), str(bucket / url.removeprefix("gs://bucket/"))
+    assert_same(load_state(url, written_out, wanted), load_state(local, written_out, wanted))
 
 
 def test_a_model_that_no_table_knows_is_read_from_ours(bucket):

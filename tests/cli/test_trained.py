@@ -12,7 +12,7 @@ from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.cli.build import Run, RunSpec
 from switch_t5.cli.configuration import Configuration
-from switch_t5.cli.trained import load_teacher, student_state, upcycled_state
+from switch_t5.cli.trained import load_state, load_teacher, student_state, upcycled_state
 from switch_t5.errors import ConfigError, UserError
 from switch_t5.model.upcycling import UpcyclingConfig
 from switch_t5.training.state import TrainState
@@ -67,6 +67,28 @@ def test_an_upcycled_run_begins_on_its_mesh_at_the_dense_loss_with_the_routers_o
         np.testing.assert_array_equal(made[name], drawn[name])
     for leaf, wanted in zip(jax.tree.leaves(state.params), jax.tree.leaves(run.abstract_state.params), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+
+
+@pytest.mark.multidevice
+def test_a_run_that_is_stacked_otherwise_goes_on_with_its_optimizer(tmp_path: Path) -> None:
+    one, other = (
+        run_of("TransformerConfig.moe=None", f"TransformerConfig.scan_layers={scan}") for scan in (False, True)
+    )
+    random = np.random.default_rng(0)
+
+    def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = random.standard_normal(leaf.shape) if leaf.shape else 3
+        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+    state = jax.tree.map(drawn, one.abstract_state)
+    with Checkpointer(tmp_path / "one") as checkpointer:
+        checkpointer.save(3, state, {})
+    stacked = load_state(other, str(tmp_path / "one"))
+    assert jax.tree.map(np.shape, stacked) == jax.tree.map(np.shape, other.abstract_state)
+    with Checkpointer(tmp_path / "other") as checkpointer:
+        checkpointer.save(3, stacked, {})
+    back = load_state(one, str(tmp_path / "other"))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
 
 
 def test_an_upcycling_without_sparse_layers_or_without_a_checkpoint_is_refused() -> None:
