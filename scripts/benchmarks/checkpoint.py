@@ -58,7 +58,12 @@ DEVICES = 4
 BLOCK = 1 << 24
 """Bytes of one call of the plain reads and writes."""
 TIME_BOUND = 1.5
-FORMATS = ("t5x", "huggingface", "native")
+CONVERSIONS = {
+    "t5x": ("--format=t5x",),
+    "t5x, uncompressed": ("--format=t5x", "--compression=none"),
+    "huggingface": ("--format=huggingface",),
+    "native": ("--format=native",),
+}
 
 
 def main() -> int:
@@ -96,8 +101,8 @@ def measure_size(parameters: int, folder: str, repeats: int, at_hand: bool) -> l
     rows = run("save", parameters, folder, repeats, at_hand)
     rows += run("restore", parameters, folder, repeats, at_hand)
     rows += run("restore", parameters, folder, repeats, at_hand, devices=DEVICES)
-    for form in FORMATS:
-        rows += run("convert", folder, form)
+    for name in CONVERSIONS:
+        rows += run("convert", folder, name)
     sizes = {name: rows[0][name] for name in ("parameters", "state_bytes", "largest_bytes")}
     return [{**sizes, **row} for row in rows]
 
@@ -115,7 +120,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             compared = f"{row['peer']} | {row['peer_seconds']:.2f} | {ratio:.2f} | {row.get('bound', '–')}"
         memory = "– | –"
         if "host_bytes" in row:
-            memory = f"{row['host_bytes'] / 1e6:,.0f} | {(3 * row['largest_bytes'] + 1e9) / 1e6:,.0f}"
+            bound = f"{(3 * row['largest_bytes'] + 1e9) / 1e6:,.0f}" if row["what"].startswith("convert") else "–"
+            memory = f"{row['host_bytes'] / 1e6:,.0f} | {bound}"
         lines.append(f"| {row['parameters']:,} | {row['what']} | {row['seconds']:.2f} | {compared} | {memory} |")
     return "\n".join(lines)
 
@@ -247,20 +253,20 @@ def measure_restore(parameters: int, folder: str, repeats: int, at_hand: bool) -
     ]
 
 
-def measure_convert(folder: str, form: str) -> list[dict[str, Any]]:
-    """The row of a conversion to a format."""
+def measure_convert(folder: str, name: str) -> list[dict[str, Any]]:
+    """The row of one of the conversions."""
     from switch_t5.cli import convert
 
-    to = Path(folder) / f"converted_{form}"
+    to = Path(folder) / "converted"
     parser = argparse.ArgumentParser()
     convert.add_arguments(parser)
     begin = time.perf_counter()
     with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
-        code = convert.run(parser.parse_args([f"--from={folder}", f"--to={to}", f"--format={form}", "--verify"]))
-    assert code == 0, f"the conversion to {form} is not what was converted"
+        code = convert.run(parser.parse_args([f"--from={folder}", f"--to={to}", *CONVERSIONS[name], "--verify"]))
+    assert code == 0, f"the conversion to {name} is not what was converted"
     seconds = time.perf_counter() - begin
     shutil.rmtree(to)
-    return [{"what": f"convert to {form}", "seconds": seconds, "host_bytes": peak_resident_bytes()}]
+    return [{"what": f"convert to {name}", "seconds": seconds, "host_bytes": peak_resident_bytes()}]
 
 
 def parts(parameters: int) -> tuple[Any, Any]:
