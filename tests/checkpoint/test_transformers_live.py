@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from switch_t5.checkpoint import conversion
+from switch_t5.checkpoint import conversion, huggingface_files
 from switch_t5.checkpoint.formats import read_checkpoint
 from switch_t5.checkpoint.live_comparison import LOGITS_BOUND
 from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.cli.main import main
+from switch_t5.data.vocabularies import load_vocabulary
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
@@ -249,6 +250,22 @@ def test_a_model_of_ours_computes_the_same_there(name: str, tmp_path: Path) -> N
     assert module.config.architectures == [type(module).__name__]
     assert_agree(name, params, module, tmp_path)
     assert read_checkpoint(str(there)).architecture == read_checkpoint(str(run)).architecture
+
+
+def test_shards_and_a_tokenizer_open_there(vocabulary_file: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_files, "_SHARD_BYTES", 20_000)
+    run, there = saved(tmp_path / "run", CONFIGS["switch, every other"]), tmp_path / "theirs"
+    words = ["convert", f"--from={run}", f"--to={there}", "--format=huggingface", f"--tokenizer={vocabulary_file}"]
+    assert main(words) == 0
+    assert len(list(there.glob("model-*.safetensors"))) > 2
+    module, loading = transformers.AutoModelForSeq2SeqLM.from_pretrained(there, output_loading_info=True)
+    assert not any(loading.values()), loading
+    params = random_params(Model(CONFIGS["switch, every other"]))
+    np.testing.assert_array_equal(module.shared.weight.detach().numpy(), params["embedding"]["table"])
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(there), load_vocabulary(vocabulary_file)
+    text = "The people of the United States"
+    assert tokenizer(text).input_ids == [*ours.encode(text), 1]
+    assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == ours.vocab_size - 1
 
 
 VERIFIED = {"dense, gated, tied": None, "switch, every other": None, "switch, encoder alone": "bfloat16"}

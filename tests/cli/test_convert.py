@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-import sentencepiece
 from safetensors.numpy import load_file
 
 from switch_t5.checkpoint import conversion, huggingface_files
@@ -106,17 +105,21 @@ def test_an_uncompressed_t5x_checkpoint_is_the_same(run_folder, tmp_path, capsys
     assert sizes["none"] == 40 * 8 * 4 > sizes["gzip"]
 
 
-def test_shards_and_a_tokenizer_lie_beside_a_hugging_face_model(run_folder, tmp_path, capsys, monkeypatch):
+def test_shards_and_a_tokenizer_lie_beside_a_hugging_face_model(
+    run_folder, vocabulary_file, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(huggingface_files, "_SHARD_BYTES", 4000)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["one two three four five six"] * 9), model_prefix=str(tmp_path / "small"),
-        vocab_size=20, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    there, model = tmp_path / "hf", tmp_path / "small.model"
-    words = ["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface", f"--tokenizer={model}"]
+    there = tmp_path / "hf"
+    words = [
+        "convert",
+        f"--from={run_folder}",
+        f"--to={there}",
+        "--format=huggingface",
+        f"--tokenizer={vocabulary_file}",
+    ]
     assert main([*words, "--verify"]) == 0
     assert "worst difference 0 absolute" in capsys.readouterr().err
-    assert (there / "spiece.model").read_bytes() == model.read_bytes()
+    assert (there / "spiece.model").read_bytes() == Path(vocabulary_file).read_bytes()
     index = json.loads((there / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 3

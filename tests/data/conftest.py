@@ -15,14 +15,3 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = [f"w{document}x{word}" for word in range(12 + (document * 37) % 79)]
         (folder / f"{document:03}.txt").write_text(" ".join(words), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="session")
-def vocabulary_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A SentencePiece model of 300 pieces trained on the first five addresses of the embedded corpus."""
-    from switch_t5.data.documents import embedded_corpus_files, iterate_documents
-    from switch_t5.data.vocabularies import train_sentencepiece
-
-    path = tmp_path_factory.mktemp("vocabulary") / "small.model"
-    train_sentencepiece(iterate_documents(embedded_corpus_files()[:5]), 300, path)
-    return str(path)
