@@ -7,6 +7,7 @@ All of it is one loop on the device, which ends when every sequence has. No sequ
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from switch_t5.model.incremental import DecoderCache, decode_token, new_cache, r
 from switch_t5.model.transformer import SwitchTransformer, logits
 from switch_t5.types import Array, Params
 
+_ENCODED_AT_ONCE = 2048
+"""Tokens that are enough for a product to be as fast a token as it gets."""
 _IMPOSSIBLE = -1e9
 """The score of a hypothesis that does not exist; finite, so that arithmetic with it is."""
 
@@ -62,7 +65,7 @@ def decode(
       ``num_return_sequences`` outputs of each input; of a beam search the best first.
     """
     module = model.bind(params)
-    encoded, _ = module.encode(encoder_tokens)
+    encoded = _encoded(module, encoder_tokens)
     hypotheses = config.num_beams if config.num_beams > 1 else config.num_return_sequences
     cache = new_cache(module, encoded, encoder_tokens, hypotheses, max_length)
     silent = jnp.all(encoder_tokens == 0, axis=-1)
@@ -71,6 +74,19 @@ def decode(
         return Decoded(*(value[:, : config.num_return_sequences] for value in decoded))
     ended = jnp.broadcast_to(silent[:, None], (silent.shape[0], hypotheses))
     return _one_by_one(module, cache, ended, numbers, config, max_length, eos_id)
+
+
+def _encoded(module: SwitchTransformer, tokens: Array) -> Array:
+    """The encoder's output, ``[batch, length, embed]``, some inputs at a time: no input sees another.
+
+    The encoder's activations are then no more than the cache that comes after it.
+    """
+    batch, length = tokens.shape
+    parts = math.gcd(batch, max(1, batch * length // _ENCODED_AT_ONCE))
+    # Every part has inputs of every device that a mesh gives a share of the batch.
+    by_part = jnp.swapaxes(tokens.reshape(batch // parts, parts, length), 0, 1)
+    encoded = jax.lax.map(lambda part: module.encode(part)[0], by_part)
+    return jnp.swapaxes(encoded, 0, 1).reshape(batch, length, -1)
 
 
 class _Sequences(NamedTuple):
