@@ -33,7 +33,7 @@ from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
 from switch_t5.checkpoint.stored_arrays import Index, Produce, StoredArray, pieces
 from switch_t5.checkpoint.streamed_save import save_streamed
-from switch_t5.checkpoint.t5x_files import FOLDER, write_t5x
+from switch_t5.checkpoint.t5x_files import FOLDER, step_of_folder, write_t5x
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors, writable_directory
 
@@ -81,9 +81,11 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
         huggingface.config_of(architecture, "float32")
         arrays |= {copy: arrays[name] for copy, name in huggingface.copies_of_embedding(architecture).items()}
     step = source.reader.checkpoint.step or 0
-    if is_url(to):
+    if is_url(to) or not to:
         raise UserError(f"--to={to} must be a local or mounted folder.")
     folder = Path(to).absolute()  # As Orbax and tensorstore want it.
+    if form == T5X and folder.is_dir() and any(step_of_folder(entry.name) is None for entry in _visible(folder)):
+        raise UserError(f"--to: {folder} holds other things than T5X's checkpoints: name another folder.")
     path = {NATIVE: folder, T5X: folder / f"{FOLDER}{step}", HUGGING_FACE: folder}[form]
     _check_apart(path, source.reader.checkpoint.path)
     if path.exists() and not path.is_dir():
@@ -93,6 +95,11 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     if os.path.ismount(path):
         raise UserError(f"--to: {path} is where a disk is mounted, which no new folder can replace: name one below it.")
     return Target(path, form, places, arrays, moments is not None)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, but for what conversions under way write there."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
 def _check_apart(path: Path, source: str) -> None:

@@ -35,6 +35,8 @@ def format_of(path: str) -> tuple[str, str]:
     Raises:
       UserError: nothing of the kind is there.
     """
+    if not path:
+        raise UserError("A checkpoint's path is empty: name a folder.")
     place = path.rstrip("/") if is_url(path) else str(Path(path).absolute())
     names = entries(place)
     steps = _steps(names)

@@ -78,9 +78,10 @@ def _shards(folder: str) -> dict[str, list[str]]:
             files.setdefault(file, []).append(name)
         missing = [file for file in files if file not in there]
         if missing:
+            lost = [name for file in missing for name in files[file]]
+            more = f" and {len(lost) - 1} more arrays" if len(lost) > 1 else ""
             raise CheckpointDamaged(
-                f"{folder} is not whole: it lacks {', '.join(missing[:3])} with {files[missing[0]][0]} and "
-                f"{sum(len(files[file]) for file in missing) - 1} more arrays."
+                f"{folder} is not whole: it lacks {', '.join(missing[:3])} with {lost[0]}{more}; copy it again."
             )
         return files
     if WEIGHTS in there:

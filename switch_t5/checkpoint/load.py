@@ -60,7 +60,8 @@ def fitting(path: str, config: TransformerConfig, *, optimizer: bool = True) -> 
     differences = recognised.architecture.differences(wanted)
     if differences:
         gin = gin_flags(recognised.architecture)
-        raise UserError(f"{path} is of another architecture: {'; '.join(differences)}. These would fit: {gin}")
+        upcycle = " (runs/upcycle.gin makes a sparse model of it)" if wanted.dense == recognised.architecture else ""
+        raise UserError(f"{path} is of another architecture: {'; '.join(differences)}. These would fit: {gin}{upcycle}")
     return recognised
 
 
@@ -88,7 +89,8 @@ def check_untold(source: Recognised, config: TransformerConfig) -> None:
 
 def gin_flags(architecture: Architecture) -> str:
     """An architecture as flags of a command."""
-    return " ".join(f"--gin.{line.replace(' = ', '=')}" for line in architecture.gin().splitlines())
+    lines = architecture.gin().splitlines() + ([] if architecture.is_sparse else ["TransformerConfig.moe = None"])
+    return " ".join(f"--gin.{line.replace(' = ', '=')}" for line in lines)
 
 
 def load_params(path: str, config: TransformerConfig, abstract_params: Any) -> Loaded:

@@ -436,7 +436,9 @@ class Checkpointer:
             what = f"The checkpoint {self._folder(step)} is damaged ({str(error).splitlines()[0].rstrip('.')})"
             if others:
                 raise CheckpointDamaged(f"{what}: delete that folder to use that of step {others[-1]}.") from error
-            raise CheckpointDamaged(f"{what}, and there is no other: copy it again, or begin anew.") from error
+            aside = ", ".join(sorted(path.name for path in self._directory.glob("*.damaged")))
+            other = f"no other but {aside}, put aside before" if aside else "no other"
+            raise CheckpointDamaged(f"{what}, and there is {other}: copy it again, or begin anew.") from error
 
 
 def locate_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, int]:

@@ -135,8 +135,9 @@ def read_manifest(checkpoint: str | Path) -> Manifest | None:
             raise CheckpointDamaged(f"{path} is missing.")
         return None
     try:
-        checksum, text, end = found.decode().split("\n")
-        if end or f"{zlib.crc32(text.encode()):08x}" != checksum:
+        checksum, _, text = found.decode().partition("\n")
+        text, end = text[:-1], text[-1:]
+        if end != "\n" or f"{zlib.crc32(text.encode()):08x}" != checksum:
             raise ValueError("its checksum differs")
         content = json.loads(text)
         version = operator.index(content["version"])

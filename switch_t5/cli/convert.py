@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("--from", dest="source", required=True, metavar="FOLDER", help="a checkpoint of any format")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must be new or empty")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must be new or empty, or T5X's")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default as they are")
     parser.add_argument("--scanned", action="store_true", help="stack blocks for a scan, in our format or T5X's")
@@ -44,9 +44,11 @@ def run(args: argparse.Namespace) -> int:
     from switch_t5.data.vocabularies import count_pieces
 
     tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
-    if tokenizer is not None and (args.format != HUGGING_FACE or not tokenizer.is_file()):
-        raise UserError(f"--tokenizer={tokenizer} must be a file, and belongs to --format=huggingface alone.")
+    if tokenizer is not None and args.format != HUGGING_FACE:
+        raise UserError(f"--tokenizer={tokenizer} belongs to --format=huggingface alone.")
     if tokenizer is not None:
+        if not tokenizer.is_file():
+            raise UserError(f"--tokenizer={tokenizer} is no file: name a SentencePiece model.")
         count_pieces(str(tokenizer))  # Which refuses any other file.
     if args.compression is not None and args.format != T5X:
         raise UserError(f"--compression={args.compression} belongs to --format=t5x alone.")

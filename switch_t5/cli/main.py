@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # Here, and not when Python exits, a broken pipe can be told from an error.
     except UserError as error:
-        print(f"switch-t5: {error}", file=sys.stderr)
+        print(f"switch-t5: {_printable(str(error))}", file=sys.stderr)
         return USERS_MISTAKE
     except KeyboardInterrupt:
         print("switch-t5: interrupted.", file=sys.stderr)
@@ -88,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _standard_output_is_broken():
             raise
         return BROKEN_PIPE
+
+
+def _printable(sentence: str) -> str:
+    """A sentence without what a terminal would obey: files that it quotes may hold anything."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in sentence)
 
 
 def _run(words: list[str]) -> int:

@@ -36,6 +36,7 @@ SIZES: dict[str, Any] = {"vocab_size": 40, "emb_dim": 8, "num_heads": 2, "head_d
 DENSE = TransformerConfig(**SIZES, num_encoder_layers=3, num_decoder_layers=2)
 GATED = dataclasses.replace(DENSE, mlp_activations=("gelu", "linear"), tied_logits=False)
 SWITCH = TransformerConfig(**SIZES, num_encoder_layers=4, num_decoder_layers=2, moe=MoEConfig(3))
+SWITCH_AS_DENSE = dataclasses.replace(SWITCH, moe=None)
 EVERY = dataclasses.replace(SWITCH, encoder_sparse_layers=1, decoder_sparse_layers=1)
 SCANNED = dataclasses.replace(SWITCH, num_decoder_layers=4, scan_layers=True)
 OWN_BIAS = dataclasses.replace(SCANNED, relpos_per_layer=True)
@@ -204,6 +205,13 @@ def test_a_checkpoint_of_another_architecture_is_told_with_the_gin_that_fits(tmp
     with pytest.raises(UserError, match=r"MoEConfig\.num_experts is 3 in the checkpoint and 5 here") as caught:
         load_params(str(there), other, abstract(Model(other).abstract_params))
     assert "--gin.MoEConfig.num_experts=3" in str(caught.value)
+
+
+def test_a_dense_checkpoint_for_a_sparse_model_is_told_what_to_do_with_it(tmp_path):
+    there = converted(saved(tmp_path / "run", state_of(SWITCH_AS_DENSE)), tmp_path / "t5x", "t5x")
+    with pytest.raises(UserError, match=r"encoder_sparse_layers is None in the checkpoint") as caught:
+        load_params(str(there), SWITCH, abstract(Model(SWITCH).abstract_params))
+    assert str(caught.value).endswith("--gin.TransformerConfig.moe=None (runs/upcycle.gin makes a sparse model of it)")
 
 
 @pytest.mark.parametrize("config", [DENSE, GATED, SWITCH, EVERY, OWN_BIAS])

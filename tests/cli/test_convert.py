@@ -182,7 +182,11 @@ def test_a_result_that_differs_is_told_and_ends_with_1(run_folder, tmp_path, cap
             "config.gin is not a SentencePiece model.",
         ),
         (["convert", "--from={0}", "--to={0}/x", "--format=pickle"], "'pickle' is no --format"),
-        (["convert", "--from={0}", "--to={0}/x", "--format=t5x", "--tokenizer=a"], "--tokenizer=a must be a file"),
+        (["convert", "--from={0}", "--to={0}/x", "--format=t5x", "--tokenizer=a"], "belongs to --format=huggingface"),
+        (["convert", "--from={1}", "--to={0}/x", "--format=huggingface", "--tokenizer={0}"], " is no file: name a "),
+        (["convert", "--from={1}", "--to={1}", "--format=t5x"], "holds other things than T5X's checkpoints"),
+        (["convert", "--from=", "--to={0}/x", "--format=t5x"], "A checkpoint's path is empty: name a folder."),
+        (["convert", "--from={1}", "--to=", "--format=native"], "--to= must be a local or mounted folder."),
         (["convert", "--from={1}", "--to={0}/x", "--format=native", "--compression=none"], "belongs to --format=t5x"),
         (
             ["convert", "--from={1}", "--to=gs://b/x", "--format=t5x"],
@@ -195,6 +199,16 @@ def test_a_mistake_is_one_sentence(run_folder, tmp_path, capsys, words, sentence
     assert main([word.format(tmp_path, run_folder) for word in words]) == 2
     assert sentence in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_file_says_is_not_obeyed_by_a_terminal(run_folder, tmp_path, capsys):
+    there = tmp_path / "hf"
+    assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
+    index = {"weight_map": {"shared.weight": "x\0\x1b[2J"}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    assert main(["inspect", str(there)]) == 2
+    assert r"it lacks x\x00\x1b[2J with shared.weight; copy it again." in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_ours_outside_of_a_run_is_told_where_it_belongs(run_folder, tmp_path, capsys):
