@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from switch_t5.checkpoint import conversion
 from switch_t5.checkpoint import t5x as t5x_tables
 from switch_t5.checkpoint.conversion import plan, write
 from switch_t5.checkpoint.formats import format_of, open_checkpoint, read_checkpoint
@@ -342,6 +343,26 @@ def test_of_two_conversions_into_one_folder_the_first_stays(sources, tmp_path, f
     with pytest.raises(UserError, match=r"is there already and not empty"):
         write(source, second)
     assert contents(to) == written
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+@pytest.mark.parametrize("form", ["native", "t5x", "huggingface"])
+def test_a_conversion_that_another_overtakes_is_refused(sources, tmp_path, monkeypatch, form):
+    source, to = read_checkpoint(str(sources["run"])), tmp_path / "to"
+    slow, fast = (plan(source, str(to), form, dtype=None, scanned=False) for _ in range(2))
+    sync, overtaken = conversion._sync, []
+
+    def overtake(folder: Path) -> None:
+        sync(folder)
+        if not overtaken:
+            overtaken.append(folder)
+            write(source, fast)
+            overtaken.append(contents(fast.path))
+
+    monkeypatch.setattr(conversion, "_sync", overtake)
+    with pytest.raises(UserError, match=r"is there already and not empty"):
+        write(source, slow)
+    assert contents(fast.path) == overtaken[1] != {}
     assert list(tmp_path.rglob("*.partial")) == []
 
 
