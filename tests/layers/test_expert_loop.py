@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +134,15 @@ def test_the_share_of_an_expert_is_even_and_none_where_kernels_are_small_beside_
     assert even_share(100, 8) == 13
     assert even_share(8192, 64) == 128
     assert even_share(8192, 32) == 0
+
+
+def test_no_product_is_computed_for_experts_that_do_not_use_it():
+    """A block's product stands in its own loop, of one turn or none: XLA moves what no turn changes out of a loop."""
+    arrays = jax.tree.map(jnp.asarray, operands(64, 4))
+    program = found.lower(Load(), arrays, jnp.asarray([10, 20, 30, 4])).compile().as_text()
+    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) .*?\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    multiplies = {name for name, body in computations.items() if re.search(r"\bdot\(", body)}
+    assert len(multiplies) > 20
+    for name, body in computations.items():
+        called = set(re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", body)) | {name}
+        assert not ("while(" in body and multiplies & called), name
