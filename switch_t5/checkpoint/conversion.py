@@ -31,9 +31,10 @@ from switch_t5.checkpoint.load import untold
 from switch_t5.checkpoint.manifest import METADATA
 from switch_t5.checkpoint.param_map import Layout, Placed, convert
 from switch_t5.checkpoint.recognition import Recognised
+from switch_t5.checkpoint.run_folder import DIRECTORY
 from switch_t5.checkpoint.stored_arrays import Index, Produce, StoredArray, pieces
 from switch_t5.checkpoint.streamed_save import save_streamed
-from switch_t5.checkpoint.t5x_files import FOLDER, step_of_folder, write_t5x
+from switch_t5.checkpoint.t5x_files import FOLDER, INDEX, write_t5x
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors, writable_directory
 
@@ -84,8 +85,8 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     if is_url(to) or not to:
         raise UserError(f"--to={to} must be a local or mounted folder.")
     folder = Path(to).absolute()  # As Orbax and tensorstore want it.
-    if form == T5X and folder.is_dir() and any(step_of_folder(entry.name) is None for entry in _visible(folder)):
-        raise UserError(f"--to: {folder} holds other things than T5X's checkpoints: name another folder.")
+    if form == T5X and folder.is_dir() and {entry.name for entry in folder.iterdir()} & {DIRECTORY, CONFIG, INDEX}:
+        raise UserError(f"--to: {folder} is a run or a checkpoint itself: name another folder.")
     path = {NATIVE: folder, T5X: folder / f"{FOLDER}{step}", HUGGING_FACE: folder}[form]
     _check_apart(path, source.reader.checkpoint.path)
     if path.exists() and not path.is_dir():
@@ -95,11 +96,6 @@ def plan(source: Recognised, to: str, form: str, *, dtype: str | None, scanned: 
     if os.path.ismount(path):
         raise UserError(f"--to: {path} is where a disk is mounted, which no new folder can replace: name one below it.")
     return Target(path, form, places, arrays, moments is not None)
-
-
-def _visible(folder: Path) -> list[Path]:
-    """What lies in a folder, but for what conversions under way write there."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
 def _check_apart(path: Path, source: str) -> None:
@@ -186,20 +182,24 @@ def write(
     untouched = storage_errors(f"Writing {target.path}", "what stood there before is untouched")
     with _folder_above(target.path), _partial(target.path) as partial, untouched:
         certificate = _fill(partial, source, target, tokenizer, compression)
-        _sync(partial)
+        sync(partial)
         _put_in_place(partial, target.path)
     return certificate
 
 
-def _sync(folder: Path) -> None:
-    """Waits until all files of a folder are on the disk, or says that one could not be written there."""
+def sync(folder: Path) -> None:
+    """Waits until a folder and all that is below it are on the disk; an OSError tells that something is not."""
     for parent, _, names in os.walk(folder):
         for path in (*(os.path.join(parent, name) for name in names), parent):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_one(path)
+
+
+def _sync_one(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -277,6 +277,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
     """Renames, which takes the place of nothing or of an empty folder: of two that write there, the first one stays."""
     try:
         partial.rename(path)
+        _sync_one(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise _occupied(path) from error

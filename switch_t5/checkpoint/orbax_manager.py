@@ -78,7 +78,7 @@ class ArraysHandler(ocp.PyTreeCheckpointHandler):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, but that a failure is told when no array is being written any more.
+    """Orbax's, but that a failure is told when this process writes no array of :func:`of_shards` any more.
 
     Orbax tells it as soon as one item has failed, and arrays may go on being written: into a folder that is removed, or
     from memory that the next save's copies need.
@@ -100,7 +100,7 @@ class _Manager(ocp.CheckpointManager):
     def _failing_last(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except Exception:
             self._arrays.wait()
             raise
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("--from", dest="source", required=True, metavar="FOLDER", help="a checkpoint of any format")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must be new or empty, or T5X's")
+    parser.add_argument(
+        "--to", required=True, metavar="FOLDER", help="where to write; must be new or empty, but for T5X"
+    )
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default as they are")
     parser.add_argument("--scanned", action="store_true", help="stack blocks for a scan, in our format or T5X's")
@@ -84,8 +86,10 @@ def _within(found: dict[str, Any]) -> bool:
 
 def _rewrite(folder: Path, certificate: dict[str, Any]) -> None:
     from switch_t5.checkpoint.certificate import CERTIFICATE
+    from switch_t5.checkpoint.conversion import sync
 
     write_json(certificate, str(folder / CERTIFICATE))
+    sync(folder)
 
 
 def _summarise(certificate: dict[str, Any]) -> None:

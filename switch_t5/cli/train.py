@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from switch_t5.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import Run
     from switch_t5.cli.configuration import Configuration
     from switch_t5.data.pipeline import BatchIterator
@@ -61,15 +62,10 @@ def run(args: argparse.Namespace) -> int:
         run = Run(spec)
     model_dir = Path(spec.train.model_dir)
     _check_restart(configuration, model_dir)
-    step_fn, batches, state = _prepare(configuration, run)
+    step_fn, batches = _prepare(configuration, run)
     with Checkpointer(model_dir, spec.checkpoint) as checkpointer:
-        if is_first():  # Another run that is writing there was refused before this.
-            _write_configuration(configuration, model_dir)
-        resumes = state is None
-        if state is None:
-            restored = checkpointer.restore(run.abstract_state, positions=batches.positions)
-            batches.set_state(restored.data_state)
-            state = restored.state
+        resumes = checkpointer.latest_step() is not None
+        state = _first_state(run, checkpointer, batches)
         first_step = int(state.step)
         _banner(run, first_step)
         if first_step >= spec.train.train_steps:
@@ -80,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
                 )
             print(f"{model_dir} is trained to step {first_step} already; raise TRAIN_STEPS to go on.", file=sys.stderr)
             return 0
+        if is_first():  # A start that was refused leaves no configuration, nor changes another run's.
+            _write_configuration(configuration, model_dir)
         with GracefulStop() as stop, recorder(run, first_step, resumes=resumes) as record:
             state = train(
                 state,
@@ -99,16 +97,12 @@ def run(args: argparse.Namespace) -> int:
     return stop.exit_code
 
 
-def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, BatchIterator, TrainState | None]:
-    """Compiles the step in a thread, and beside it opens the data and makes the state of a new run: all take seconds.
-
-    Returns:
-      The step, the batches, and the state; None of a run that has a checkpoint.
+def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, BatchIterator]:
+    """Compiles the step in a thread and opens the data beside it: both take seconds.
 
     Raises:
-      UserError: the data, the teacher or the initial checkpoint cannot be used; nothing was written.
+      UserError: the data or the teacher cannot be used; nothing was written.
     """
-    from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.trained import load_teacher
     from switch_t5.data.pipeline import BatchIterator
 
@@ -122,13 +116,9 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, Batc
                 _ = run.evaluation_batches
             _ = run.scorer
             teacher = load_teacher(run)
-            saved = Checkpointer(run.spec.train.model_dir, read_only=True).latest_step()
-            state = _new_state(run) if saved is None else None
             step_fn = compiled.result()
-        if teacher is None:
-            return step_fn, batches, state
-        # The teacher's parameters are given at each step, which only reads them.
-        return lambda state, batch: step_fn(state, batch, teacher), batches, state
+            # The teacher's parameters are given at each step, which only reads them.
+            return step_fn if teacher is None else lambda state, batch: step_fn(state, batch, teacher), batches
     finally:
         # A mistake in the data is told at once, and not after the compilation.
         pool.shutdown(wait=False)
@@ -174,8 +164,12 @@ def check_vocabulary(run: Run, batches: BatchIterator) -> None:
         )
 
 
-def _new_state(run: Run) -> TrainState:
-    """What a run begins with."""
+def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -> TrainState:
+    """The run's last checkpoint, with the data positioned after it, or a new state."""
+    if checkpointer.latest_step() is not None:
+        restored = checkpointer.restore(run.abstract_state, positions=batches.positions)
+        batches.set_state(restored.data_state)
+        return restored.state
     from switch_t5.cli.trained import load_params, load_state, student_state, upcycled_state
 
     path, distillation = run.spec.train.initial_checkpoint_path, run.spec.train.distillation

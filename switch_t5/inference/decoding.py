@@ -7,7 +7,6 @@ All of it is one loop on the device, which ends when every sequence has. No sequ
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +17,12 @@ from switch_t5.inference.config import DecodingConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.incremental import DecoderCache, decode_token, new_cache, reorder
 from switch_t5.model.transformer import SwitchTransformer, logits
+from switch_t5.partitioning.rules import num_shards
 from switch_t5.types import Array, Params
 
 _ENCODED_AT_ONCE = 2048
-"""Tokens that are enough for a product to be as fast a token as it gets."""
+"""Tokens of a device's inputs that are encoded together, or those of one input: activations of more would be the most
+that decoding holds, and take as long a token."""
 _IMPOSSIBLE = -1e9
 """The score of a hypothesis that does not exist; finite, so that arithmetic with it is."""
 
@@ -77,16 +78,19 @@ def decode(
 
 
 def _encoded(module: SwitchTransformer, tokens: Array) -> Array:
-    """The encoder's output, ``[batch, length, embed]``, some inputs at a time: no input sees another.
-
-    The encoder's activations are then no more than the cache that comes after it.
-    """
+    """The encoder's output, ``[batch, length, embed]``, some inputs at a time: no input sees another."""
     batch, length = tokens.shape
-    parts = math.gcd(batch, max(1, batch * length // _ENCODED_AT_ONCE))
+    parts = _parts(max(1, batch // num_shards("batch")), length)
     # Every part has inputs of every device that a mesh gives a share of the batch.
     by_part = jnp.swapaxes(tokens.reshape(batch // parts, parts, length), 0, 1)
     encoded = jax.lax.map(lambda part: module.encode(part)[0], by_part)
     return jnp.swapaxes(encoded, 0, 1).reshape(batch, length, -1)
+
+
+def _parts(inputs: int, length: int) -> int:
+    """The fewest equal parts of a device's inputs that have no more tokens than are encoded at once, if any have."""
+    wanted = -(-inputs * length // _ENCODED_AT_ONCE)
+    return next((parts for parts in range(wanted, inputs) if inputs % parts == 0), inputs)
 
 
 class _Sequences(NamedTuple):

@@ -151,7 +151,8 @@ def cut(rows: int, counts: Array, most: int | None = None, skip: Array | int = 0
     else:
         most = min(most, _LARGEST)
         sizes = tuple(-(-most * part // (_FIFTHS * _MULTIPLE)) * _MULTIPLE for part in range(1, _FIFTHS + 1))
-    # Not one of all rows: where it reads depends on no turn, and XLA would compute it for every expert, used or not.
+    # Not one of all rows, unless it is the only one: where that reads depends on no turn, and XLA would compute it for
+    # every expert, used or not.
     sizes = tuple(sorted({size for size in sizes if size < rows} or {rows}))
     whole = jnp.maximum(counts - 1, 0) // sizes[-1]
     rest = counts - whole * sizes[-1]

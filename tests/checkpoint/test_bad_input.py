@@ -350,7 +350,7 @@ def test_of_two_conversions_into_one_folder_the_first_stays(sources, tmp_path, f
 def test_a_conversion_that_another_overtakes_is_refused(sources, tmp_path, monkeypatch, form):
     source, to = read_checkpoint(str(sources["run"])), tmp_path / "to"
     slow, fast = (plan(source, str(to), form, dtype=None, scanned=False) for _ in range(2))
-    sync, overtaken = conversion._sync, []
+    sync, overtaken = conversion.sync, []
 
     def overtake(folder: Path) -> None:
         sync(folder)
@@ -359,7 +359,7 @@ def test_a_conversion_that_another_overtakes_is_refused(sources, tmp_path, monke
             write(source, fast)
             overtaken.append(contents(fast.path))
 
-    monkeypatch.setattr(conversion, "_sync", overtake)
+    monkeypatch.setattr(conversion, "sync", overtake)
     with pytest.raises(UserError, match=r"is there already and not empty"):
         write(source, slow)
     assert contents(fast.path) == overtaken[1] != {}

@@ -165,6 +165,31 @@ def test_devices_decode_together_what_one_does() -> None:
     np.testing.assert_allclose(several.log_probs, one.log_probs, atol=1e-5)  # Sums over heads come in another order.
 
 
+@pytest.mark.parametrize(
+    ("inputs", "length", "parts"),
+    [(8, 512, 2), (8, 1023, 4), (64, 96, 4), (7, 1024, 7), (3, 512, 1), (1, 512, 1), (4, 9999, 4), (1, 1, 1)],
+)
+def test_inputs_are_encoded_in_the_fewest_parts_that_are_small_enough(inputs: int, length: int, parts: int) -> None:
+    assert decoding._parts(inputs, length) == parts
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("kind", ["dense", "sparse", "scanned"])
+def test_inputs_encoded_some_at_a_time_are_encoded_as_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = model_and_params(kind)
+    inputs = jnp.concatenate([INPUTS, INPUTS[:3] + 1])
+    together = jax.jit(lambda tokens: model.bind(params).encode(tokens)[0])(inputs)
+    assert len(np.unique(np.asarray(together), axis=0)) == len(inputs)
+    for at_once in (1, 10, 20):
+        monkeypatch.setattr(decoding, "_ENCODED_AT_ONCE", at_once)
+        encoded = jax.jit(lambda tokens: decoding._encoded(model.bind(params), tokens))
+        np.testing.assert_allclose(encoded(inputs), together, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(decoding, "_ENCODED_AT_ONCE", 5)  # One input of each device.
+    with partitioned(make_mesh(MeshConfig(num_devices=4))):
+        encoded = jax.jit(lambda tokens: decoding._encoded(model.bind(params), tokens))(inputs)
+    np.testing.assert_allclose(encoded, together, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "num_return_sequences": 2}], ids=str)
 def test_a_step_copies_no_cache(how: dict[str, float]) -> None:
     config = model_and_params("dense")[0].config

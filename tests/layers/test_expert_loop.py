@@ -54,6 +54,11 @@ def found(load: Load, arrays: list[jax.Array], sizes: jax.Array) -> tuple[jax.Ar
     return y, *pull(dy)
 
 
+def as_float32(arrays: list[np.ndarray]) -> list[jax.Array]:
+    """As JAX multiplies them; masks stay masks."""
+    return [jnp.asarray(array, bool if array.dtype == bool else jnp.float32) for array in arrays]
+
+
 # Of shares of 6 and 11, [10, 10, 10, 10] fills all, [9, 7, 5, 6] all of the first and half of the other, the next two
 # half, and the others none.
 @pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=11)], ids=str)
@@ -64,8 +69,7 @@ def found(load: Load, arrays: list[jax.Array], sizes: jax.Array) -> tuple[jax.Ar
 )
 def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Load, sizes: list[int]) -> None:
     arrays = operands(40, len(sizes))
-    as_float32 = [jnp.asarray(array, bool if array.dtype == bool else jnp.float32) for array in arrays]
-    results = found(load, as_float32, jnp.asarray(sizes, jnp.int32))
+    results = found(load, as_float32(arrays), jnp.asarray(sizes, jnp.int32))
     for result, expected in zip(results, in_loops(arrays, sizes), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
@@ -74,8 +78,7 @@ def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Loa
 @pytest.mark.parametrize("sizes", [[1025, 1023, 0, 512], [2560, 0, 0, 0], [1, 0, 2500, 9]], ids=str)
 def test_an_expert_of_several_blocks_meets_all_of_its_rows_once(load: Load, sizes: list[int]) -> None:
     arrays = operands(2560, len(sizes))
-    as_float32 = [jnp.asarray(array, bool if array.dtype == bool else jnp.float32) for array in arrays]
-    results = found(load, as_float32, jnp.asarray(sizes, jnp.int32))
+    results = found(load, as_float32(arrays), jnp.asarray(sizes, jnp.int32))
     for result, expected in zip(results, in_loops(arrays, sizes), strict=True):
         # A kernel's gradient is a sum over as many rows as the expert has.
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max() + 1e-5)
@@ -138,11 +141,34 @@ def test_the_share_of_an_expert_is_even_and_none_where_kernels_are_small_beside_
 
 def test_no_product_is_computed_for_experts_that_do_not_use_it():
     """A block's product stands in its own loop, of one turn or none: XLA moves what no turn changes out of a loop."""
-    arrays = jax.tree.map(jnp.asarray, operands(64, 4))
-    program = found.lower(Load(), arrays, jnp.asarray([10, 20, 30, 4])).compile().as_text()
-    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) .*?\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
-    multiplies = {name for name, body in computations.items() if re.search(r"\bdot\(", body)}
-    assert len(multiplies) > 20
+    program = found.lower(Load(), as_float32(operands(64, 4)), jnp.asarray([10, 20, 30, 4])).compile().as_text()
+    assert program is not None
+    one = re.compile(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+    computations: dict[str, str] = dict(one.findall(program))
+    called = {name: re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", body) for name, body in computations.items()}
+
+    def multiplies(name: str) -> bool:
+        return " dot(" in computations[name] or any(map(multiplies, called[name]))
+
+    assert sum(map(multiplies, computations)) > 20
     for name, body in computations.items():
-        called = set(re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", body)) | {name}
-        assert not ("while(" in body and multiplies & called), name
+        assert not (" while(" in body and multiplies(name)), name
+
+
+@pytest.mark.parametrize(
+    ("load", "sizes"),
+    [
+        (Load(), [0, 5, 0]),
+        (Load(), [9, 0, 0]),
+        (Load(), [1, 0, 15]),
+        (Load(), [2, 22, 0]),
+        (Load(most=90), [3, 15, 6]),
+        (Load(most=4), [4, 1, 4]),
+    ],
+    ids=str,
+)
+def test_few_rows_are_all_worked_on(load: Load, sizes: list[int]) -> None:
+    arrays = operands(sum(sizes), len(sizes))
+    results = found(load, as_float32(arrays), jnp.asarray(sizes, jnp.int32))
+    for one, other in zip(results, in_loops(arrays, sizes), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
