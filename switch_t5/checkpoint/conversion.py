@@ -331,7 +331,7 @@ def _left_out(source: Recognised, target: Target) -> str | None:
 def _capacity(source: Recognised) -> dict[str, Any]:
     """The slots of an expert, where the source's own configuration tells them, as Hugging Face's does."""
     told = (source.reader.checkpoint.config or {}).get(huggingface.CAPACITY)
-    return {} if told is None else {huggingface.CAPACITY: told}
+    return {huggingface.CAPACITY: told} if type(told) is int and told > 0 else {}
 
 
 def compare(source: Recognised, written: Recognised, dtype: str | None = None) -> dict[str, Any]:

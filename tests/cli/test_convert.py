@@ -203,6 +203,19 @@ def test_a_mistake_is_one_sentence(run_folder, tmp_path, capsys, words, sentence
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("told", "kept"), [(5, 5), ("5", None), (0, None)])
+def test_the_capacity_that_a_hugging_face_model_tells_is_kept(run_folder, tmp_path, told, kept):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert main(["convert", f"--from={run_folder}", f"--to={one}", "--format=huggingface"]) == 0
+    config = json.loads((one / "config.json").read_text())
+    assert "expert_capacity" not in config
+    (one / "config.json").write_text(json.dumps(config | {"expert_capacity": told}))
+    assert main(["convert", f"--from={one}", f"--to={other}", "--format=huggingface"]) == 0
+    assert json.loads((other / "config.json").read_text()).get("expert_capacity") == kept
+    left_out = json.loads((other / CERTIFICATE).read_text())["left_out"]
+    assert (left_out is None) == (kept is not None)
+
+
 def test_what_a_file_says_is_not_obeyed_by_a_terminal(run_folder, tmp_path, capsys):
     there = tmp_path / "hf"
     assert main(["convert", f"--from={run_folder}", f"--to={there}", "--format=huggingface"]) == 0
