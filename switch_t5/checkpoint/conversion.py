@@ -191,10 +191,11 @@ def sync(folder: Path) -> None:
     """Waits until a folder and all that is below it are on the disk; an OSError tells that something is not."""
     for parent, _, names in os.walk(folder):
         for path in (*(os.path.join(parent, name) for name in names), parent):
-            _sync_one(path)
+            sync_path(path)
 
 
-def _sync_one(path: str | Path) -> None:
+def sync_path(path: str | Path) -> None:
+    """:func:`sync` of one file, or of a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -277,7 +278,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
     """Renames, which takes the place of nothing or of an empty folder: of two that write there, the first one stays."""
     try:
         partial.rename(path)
-        _sync_one(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise _occupied(path) from error

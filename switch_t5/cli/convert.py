@@ -86,10 +86,10 @@ def _within(found: dict[str, Any]) -> bool:
 
 def _rewrite(folder: Path, certificate: dict[str, Any]) -> None:
     from switch_t5.checkpoint.certificate import CERTIFICATE
-    from switch_t5.checkpoint.conversion import sync
+    from switch_t5.checkpoint.conversion import sync_path
 
     write_json(certificate, str(folder / CERTIFICATE))
-    sync(folder)
+    sync_path(folder / CERTIFICATE)
 
 
 def _summarise(certificate: dict[str, Any]) -> None:
