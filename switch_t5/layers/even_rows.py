@@ -4,8 +4,8 @@ A loop over blocks of any number of rows copies a kernel for every few rows that
 their stack; with many experts that takes as long as the products. All experts' even rows have kernel gradients in one
 product that writes the stack itself.
 
-Experts that get less than their share are filled up, and those are products for nothing. Where loads are skewed, half a
-share wastes less and still spares most experts the loop.
+Experts that get less than their share are filled up, and those are products for nothing: where loads are skewed, all
+rows are left to the loop.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ Result = TypeVar("Result")
 _MOST = 128
 """Rows of an expert from which on the copies of its kernels no longer count beside its products."""
 
-_FILLED, _HALF_FILLED = 0.75, 0.5
-"""The parts of their places that rows must fill, for shares and for halves of them."""
+_FILLED = 0.7
+"""The part of their places that rows must fill. Else the loop multiplies so many fewer that it is faster with its
+copies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class EvenRows:
     """The first rows of each expert, the same number of each; experts that have fewer are filled up with zeros.
 
     Attributes:
-      share: int32, how many of each expert's rows these are: as many as there is room for, half as many, or 0.
+      share: int32, how many of each expert's rows these are: as many as there is room for, or 0.
       row: ``[expert, room]`` int32, where each stands among the rows sorted by expert.
       mine: ``[expert, room, 1]`` bool, which of them the expert has.
       nth: ``[rows]`` int32, which of its expert's rows a sorted row is.
@@ -49,43 +50,18 @@ class EvenRows:
     expert: Array
     inside: Array
 
-    @property
-    def room(self) -> int:
-        """The most that ``share`` can be."""
-        return self.row.shape[1]
-
-    @property
-    def half(self) -> EvenRows:
-        """These with half the room."""
-        room = -(-self.room // 2)
-        return dataclasses.replace(self, row=self.row[:, :room], mine=self.mine[:, :room])
-
     def take(self, rows: Array) -> Array:
         """``[rows, columns]`` to ``[expert, room, columns]``."""
         return jnp.where(self.mine, rows[self.row], jnp.zeros((), rows.dtype))  # Masks stay masks.
 
-    def put(self, even: Array, rows: Array) -> Array:
-        """``[rows, columns]`` with ``even`` ``[expert, room, columns]`` in its places."""
-        place = jnp.where(self.inside[:, 0], self.expert * self.room + self.nth, 0)
+    def put(self, even: Array, rows: Array | int = 0) -> Array:
+        """``[rows, columns]``, or zeros, with ``even`` ``[expert, room, columns]`` in its places."""
+        place = jnp.where(self.inside[:, 0], self.expert * even.shape[1] + self.nth, 0)
         return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[place], rows)
 
-    def work(self, function: Callable[..., Result], *operands: Any) -> Result:
-        """``function`` of such rows and of ``operands``; zeros, which take no product, where there are none.
-
-        It is called with rows of this room, and with rows of half of it, whose results are filled up with zeros.
-        """
-        shapes = jax.eval_shape(partial(function, self), *operands)
-
-        def of(even: EvenRows, *operands: Any) -> Result:
-            fill = lambda value, shape: jnp.pad(  # noqa: E731
-                value, [(0, there - here) for here, there in zip(value.shape, shape.shape, strict=True)]
-            )
-            return jax.tree.map(fill, function(even, *operands), shapes)
-
-        nothing = lambda *_: jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)  # noqa: E731
-        choices = [nothing, partial(of, self.half), partial(of, self)]
-        # 0, half the room or all of it: a room of 1 has itself for a half.
-        return jax.lax.switch((self.share > 0).astype(jnp.int32) + (self.share == self.room), choices, *operands)
+    def work(self, function: Callable[..., Result], nothing: Callable[..., Result], *operands: Any) -> Result:
+        """``function`` of such rows and of ``operands``, or ``nothing`` of those where there are no such rows."""
+        return jax.lax.cond(self.share > 0, partial(function, self), nothing, *operands)
 
     def plus(self, value: Array, stack: Array, expert: Array) -> Array:
         """``value`` and what such rows have put in ``stack`` ``[expert, ...]``, which is not read without them."""
@@ -106,20 +82,15 @@ def even_share(rows: int, num_experts: int) -> int:
 
 
 def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
-    """The first rows of each expert: ``share`` where the loads are even, half of that, or none.
+    """The first ``share`` rows of each expert where the loads are even, else none.
 
     Args:
       rows: sorted by expert, and those after the last expert's.
       sizes: ``[expert]`` int32, how many rows each has.
       share: at least 1.
     """
-
-    def filled(share: int, part: float) -> Array:
-        # Else the loop multiplies so many fewer rows that it is faster with its copies.
-        return jnp.sum(jnp.minimum(sizes, share)) >= part * share * sizes.shape[0]
-
-    half = -(-share // 2)
-    taken = jnp.where(filled(share, _FILLED), share, jnp.where(filled(half, _HALF_FILLED), half, 0))
+    filled = jnp.sum(jnp.minimum(sizes, share)) >= _FILLED * share * sizes.shape[0]
+    taken = jnp.where(filled, share, 0)
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     offset = jnp.arange(share, dtype=jnp.int32)

@@ -24,6 +24,9 @@ from switch_t5.types import Array
 
 Hidden = Callable[..., Array]
 
+_FEW = 64
+"""Rows of an expert up to which copying its kernel takes longer than turning them and their product with it."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def expert_loop(
@@ -53,6 +56,9 @@ def _forward(
     even = even_rows(rows, sizes, load.share) if load.share else None
     blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
 
+    def nothing(x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None) -> tuple[Array, tuple[Array, ...]]:
+        return jnp.zeros((rows, wo.shape[2]), x.dtype), tuple(jnp.zeros((rows, k.shape[2]), x.dtype) for k in into)
+
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
 
@@ -64,26 +70,20 @@ def _forward(
 
         return blocks.loop(expert, step, carry)
 
-    y = jnp.zeros((rows, wo.shape[2]), x.dtype)
-    branches = tuple(jnp.zeros((rows, kernel.shape[2]), x.dtype) for kernel in into)
-    y, branches = blocks.over_experts(one, (y, branches))
-    even_branches = None
-    if even is not None:
-        even_y, even_branches = even.work(partial(_even_forward, hidden), x, into, wo, keep)
-        y = even.put(even_y, y)
-    return y, (x, into, wo, keep, sizes, branches, even_branches)
+    work = nothing if even is None else partial(even.work, partial(_even_forward, hidden), nothing)
+    y, branches = blocks.over_experts(one, work(x, into, wo, keep))
+    return y, (x, into, wo, keep, sizes, branches)
 
 
 def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[Any, ...]:
-    x, into, wo, keep, sizes, branches, even_branches = residuals
+    x, into, wo, keep, sizes, branches = residuals
     rows = x.shape[0]
     dy = jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)  # What no expert writes stays as it is.
-    even, even_dx = even_rows(rows, sizes, load.share) if load.share else None, dy
-    d_kernels = tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
-    if even is not None:
-        backward = partial(_even_backward, hidden)
-        even_dx, d_kernels = even.work(backward, x, into, wo, keep, even_branches, dy)
+    even = even_rows(rows, sizes, load.share) if load.share else None
     blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
+
+    def nothing(dy: Array, x: Array, into: tuple[Array, ...], wo: Array, *_: Any) -> tuple[Array, tuple[Array, ...]]:
+        return dy, tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
 
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
@@ -113,43 +113,41 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
             d_kernels = tuple(even.plus(d, stack, expert) for d, stack in zip(d_kernels, sums, strict=True))
         return dx, d_branches, tuple(map(partial(_set, expert), sums, d_kernels))
 
+    work = nothing if even is None else partial(even.work, partial(_even_backward, hidden), nothing)
+    dy, d_kernels = work(dy, x, into, wo, keep, branches)
     dx, _, (*d_into, d_wo) = blocks.over_experts(one, (dy, branches, d_kernels))
-    if even is not None:
-        dx = even.put(even_dx, dx)
     return dx, tuple(d_into), d_wo, None, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 def _even_forward(
     hidden: Hidden, even: EvenRows, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The even rows' output, ``[expert, room, embed]``, and their products with each kernel of ``into``."""
+    """The even rows' output among zeros, ``[rows, embed]``, and so their products with each kernel of ``into``."""
     x = even.take(x)
     branches = tuple(_products(x, kernel) for kernel in into)
-    return _products(hidden(_take(even, keep), *branches), wo), branches
+    y = _products(hidden(_take(even, keep), *branches), wo)
+    return even.put(y), tuple(map(even.put, branches))
 
 
 def _even_backward(
     hidden: Hidden,
     even: EvenRows,
+    dy: Array,
     x: Array,
     into: tuple[Array, ...],
     wo: Array,
     keep: Array | None,
     branches: tuple[Array, ...],
-    dy: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The gradients of the even rows, ``[expert, room, embed]``, and what they add to those of the kernels.
-
-    ``branches`` have as much room or more.
-    """
-    dy, branches = even.take(dy), tuple(branch[:, : even.room] for branch in branches)
+    """``dy`` ``[rows, embed]`` with ``dx`` in place of even rows', and what those add to the kernels' gradients."""
+    others_dy, dy, branches = dy, even.take(dy), tuple(map(even.take, branches))
     activated, pull = jax.vjp(partial(hidden, _take(even, keep)), *branches)
     d_branches = pull(_transposed_products(dy, wo))
     d_wo = _summed_outers(activated + zero_after(d_branches[0][0, 0, 0]), dy)
     first, *others = (_transposed_products(d, kernel) for d, kernel in zip(d_branches, into, strict=True))
     dx = sum(others, start=first)
     x = even.take(x) + zero_after(dx[0, 0, 0])
-    return dx, (*(_summed_outers(x, d) for d in d_branches), d_wo)
+    return even.put(dx, others_dy), (*(_summed_outers(x, d) for d in d_branches), d_wo)
 
 
 def _products(rows: Array, kernels: Array) -> Array:
@@ -161,8 +159,12 @@ def _products(rows: Array, kernels: Array) -> Array:
 
 def _transposed_products(rows: Array, kernels: Array) -> Array:
     """``[expert, rows, b]`` times each expert's kernel of ``[expert, a, b]``, transposed: ``[expert, rows, a]``."""
-    # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
-    return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
+    if rows.shape[1] > _FEW:
+        # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
+        return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
+    turned = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
+    products = jax.lax.optimization_barrier(jnp.einsum("eab,ebr->ear", kernels, turned))
+    return jnp.swapaxes(products, 1, 2)
 
 
 def _summed_outers(left: Array, right: Array) -> Array:

@@ -163,6 +163,4 @@ def cut(rows: int, counts: Array, most: int | None = None, skip: Array | int = 0
 
 def summed_outer(left: Array, right: Array) -> Array:
     """``left`` ``[rows, a]`` transposed times ``right`` ``[rows, b]``, summed in float32: ``[a, b]``."""
-    # Turned before the product, which XLA's CPU backend then does in another and faster way than that of a transpose.
-    turned = jax.lax.optimization_barrier(left.T)
-    return jnp.matmul(turned, right, preferred_element_type=jnp.float32)
+    return jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
