@@ -127,6 +127,7 @@ LAYERS: dict[str, Layer] = {
     ),
     "padding counted": Layer(padding="counted", router="switch"),
     "padding routed": Layer(padding="routed"),
+    "even loads": Layer(padding="routed", router="sinkhorn"),
     "padding zeroed": Layer(padding="zeroed"),
     "evaluation": Layer(train=False, router="sinkhorn", in_bfloat16=False),
     SEVERAL: Layer(scope="batch", sequences=2, in_bfloat16=False),

@@ -54,7 +54,7 @@ class EvenRows:
         """``[rows, columns]`` to ``[expert, room, columns]``."""
         return jnp.where(self.mine, rows[self.row], jnp.zeros((), rows.dtype))  # Masks stay masks.
 
-    def put(self, even: Array, rows: Array | int = 0) -> Array:
+    def put(self, even: Array, rows: Array | float = 0.0) -> Array:
         """``[rows, columns]``, or zeros, with ``even`` ``[expert, room, columns]`` in its places."""
         place = jnp.where(self.inside[:, 0], self.expert * even.shape[1] + self.nth, 0)
         return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[place], rows)

@@ -4,7 +4,8 @@ A loop keeps an expert's activations in the cache and multiplies no empty slot. 
 activations it holds nothing larger than one block's: on the way back a block's gradients take the places of the values
 that they follow from. It reads a kernel for the last time before that kernel's gradient is whole, so that the optimizer
 may write its update in place. Where experts get a few rows each and their loads are even, each product is done for all
-experts before the next instead (:mod:`switch_t5.layers.even_rows`), which takes memory for their gradients as a whole.
+experts before the next instead (:mod:`switch_t5.layers.even_rows`), which takes memory for all of their hidden
+activations and gradients once more.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def _forward(
     even = even_rows(rows, sizes, load.share) if load.share else None
     blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
 
-    def nothing(x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None) -> tuple[Array, tuple[Array, ...]]:
-        return jnp.zeros((rows, wo.shape[2]), x.dtype), tuple(jnp.zeros((rows, k.shape[2]), x.dtype) for k in into)
+    def nothing(x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None) -> tuple[Array, Array]:
+        return jnp.zeros((rows, wo.shape[2]), x.dtype), jnp.zeros((len(into), rows, wo.shape[1]), x.dtype)
 
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
@@ -65,7 +66,7 @@ def _forward(
         def step(carry: Any, block: Block) -> Any:
             y, branches = carry
             products = tuple(block.read(x) @ kernel for kernel in kernels)
-            branches = tuple(map(block.write, branches, products))
+            branches = block.write(branches, jnp.stack(products))
             return block.write(y, hidden(_read(block, keep), *products) @ out), branches
 
         return blocks.loop(expert, step, carry)
@@ -90,23 +91,27 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
         dy, branches, sums = carry
 
         def d_out_of(block: Block) -> Array:
-            activated = hidden(_read(block, keep), *map(block.read, branches))
+            activated = hidden(_read(block, keep), *block.read(branches))
             return summed_outer(jnp.where(block.mine, activated, 0), block.read_mine(dy))
+
+        def d_kernel_of(nth: int, d_branches: Array, block: Block) -> Array:
+            return summed_outer(block.read_mine(x), block.read_mine(d_branches)[nth])
 
         def step(carry: Any, block: Block) -> Any:
             dy, branches = carry
-            _, pull = jax.vjp(partial(hidden, _read(block, keep)), *map(block.read, branches))
+            _, pull = jax.vjp(partial(hidden, _read(block, keep)), *block.read(branches))
             d_branches = pull(block.read(dy) @ out.T)
             first, *others = (d_branch @ kernel.T for d_branch, kernel in zip(d_branches, kernels, strict=True))
             dx = sum(others, start=first)
-            return block.write(dy, dx), tuple(map(block.write, branches, d_branches))
+            # All at once: XLA would copy them, were one written before another is computed from it.
+            return block.write(dy, dx), block.write(branches, jnp.stack(d_branches))
 
         d_out = blocks.sum(expert, d_out_of, out.shape)
         # Only then may the values that it was computed from be overwritten.
         dx, d_branches = blocks.after(zero_after(d_out[0, 0])).loop(expert, step, (dy, branches))
         d_into = tuple(
-            blocks.sum(expert, lambda block, d=d: summed_outer(block.read_mine(x), block.read_mine(d)), kernel.shape)
-            for d, kernel in zip(d_branches, kernels, strict=True)
+            blocks.sum(expert, partial(d_kernel_of, nth, d_branches), kernel.shape)
+            for nth, kernel in enumerate(kernels)
         )
         d_kernels = (*d_into, d_out)
         if even is not None:
@@ -121,12 +126,12 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
 
 def _even_forward(
     hidden: Hidden, even: EvenRows, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None
-) -> tuple[Array, tuple[Array, ...]]:
-    """The even rows' output among zeros, ``[rows, embed]``, and so their products with each kernel of ``into``."""
+) -> tuple[Array, Array]:
+    """Even rows' output among zeros, ``[rows, embed]``, and their products with ``into``, ``[into, rows, mlp]``."""
     x = even.take(x)
     branches = tuple(_products(x, kernel) for kernel in into)
     y = _products(hidden(_take(even, keep), *branches), wo)
-    return even.put(y), tuple(map(even.put, branches))
+    return even.put(y), jnp.stack(tuple(map(even.put, branches)))
 
 
 def _even_backward(
@@ -137,11 +142,11 @@ def _even_backward(
     into: tuple[Array, ...],
     wo: Array,
     keep: Array | None,
-    branches: tuple[Array, ...],
+    branches: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
     """``dy`` ``[rows, embed]`` with ``dx`` in place of even rows', and what those add to the kernels' gradients."""
-    others_dy, dy, branches = dy, even.take(dy), tuple(map(even.take, branches))
-    activated, pull = jax.vjp(partial(hidden, _take(even, keep)), *branches)
+    others_dy, dy = dy, even.take(dy)
+    activated, pull = jax.vjp(partial(hidden, _take(even, keep)), *map(even.take, branches))
     d_branches = pull(_transposed_products(dy, wo))
     d_wo = _summed_outers(activated + zero_after(d_branches[0][0, 0, 0]), dy)
     first, *others = (_transposed_products(d, kernel) for d, kernel in zip(d_branches, into, strict=True))
@@ -162,6 +167,7 @@ def _transposed_products(rows: Array, kernels: Array) -> Array:
     if rows.shape[1] > _FEW:
         # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
         return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
+    # Turned on both sides of the product, which reads kernels where they are; folded into it, the turns would not.
     turned = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
     products = jax.lax.optimization_barrier(jnp.einsum("eab,ebr->ear", kernels, turned))
     return jnp.swapaxes(products, 1, 2)

@@ -59,17 +59,17 @@ class Block:
     mine: Array
 
     def read(self, rows: Array) -> Array:
-        """``[rows, ...]`` to ``[size, ...]``, other experts' rows among them."""
-        return jax.lax.dynamic_slice_in_dim(rows, self.first, self.size)
+        """``[..., rows, columns]`` to ``[..., size, columns]``, other experts' rows among them."""
+        return jax.lax.dynamic_slice_in_dim(rows, self.first, self.size, axis=-2)
 
     def read_mine(self, rows: Array) -> Array:
-        """``[rows, columns]`` to ``[size, columns]``, zero where a row is not the expert's."""
+        """The same, zero where a row is not the expert's."""
         return jnp.where(self.mine, self.read(rows), 0)
 
     def write(self, rows: Array, values: Array) -> Array:
-        """``[rows, columns]`` with ``values`` ``[size, columns]`` in the expert's rows."""
+        """``[..., rows, columns]`` with ``values`` ``[..., size, columns]`` in the expert's rows."""
         values = jnp.where(self.mine, values.astype(rows.dtype), self.read(rows))
-        return jax.lax.dynamic_update_slice_in_dim(rows, values, self.first, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(rows, values, self.first, axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ DEFAULT = [
     *(Cell(name, "einsum") for name in ("top_2", "expert_choice", "no_token_left_behind")),
     *(Cell(name, mesh="2 x 2 x 2") for name in ("switch", "sigmoid_limited", "expert_choice")),
     Cell("top_2", "dropless"),
+    Cell("sinkhorn", "dropless", layer="even loads"),
     Cell("top_3_renormalized", "dropless", mesh="2 x 2 x 2"),
     *(Cell(name, dtype="bfloat16") for name in ("switch", "top_2")),
     *(Cell(layer.router, layer=name) for name, layer in LAYERS.items() if layer.router),
@@ -293,7 +294,7 @@ class Wrong(NamedTuple):
 LAYER = moe.SwitchFeedForward
 TWO, MESHED, DROPLESS = Cell("top_2"), Cell("switch", mesh="2 x 2 x 2"), Cell("switch", "dropless")
 SWITCH, EXPERT_CHOICE, NO_TOKEN = Cell("switch"), Cell("expert_choice"), Cell("no_token_left_behind")
-EVEN, SHARED = Cell("sinkhorn", "dropless", layer="padding routed"), Cell("top_2", layer="shared expert")
+EVEN, SHARED = Cell("sinkhorn", "dropless", layer="even loads"), Cell("top_2", layer="shared expert")
 NOISY, LIMITED = Cell("top_2", layer="gaussian noise"), Cell("sigmoid_limited")
 ASKED, DRAWN = Cell("gshard_top_2", layer="second choice drawn"), Cell("random", layer="experts drawn")
 EINSUM, ZEROED = Cell("top_2", "einsum"), Cell("top_2", layer="padding zeroed")

@@ -60,7 +60,7 @@ def as_float32(arrays: list[np.ndarray]) -> list[jax.Array]:
 
 
 # Shares of 11 are taken of [10, 10, 10, 10] and [33], shares of 6 of [9, 7, 5, 6] and [6, 7, 5, 0] too, and shares of 1
-# wherever three of four experts have rows.
+# wherever three of four experts have rows, or the only one.
 @pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=11)], ids=str)
 @pytest.mark.parametrize(
     "sizes",
@@ -84,7 +84,7 @@ def test_an_expert_of_several_blocks_meets_all_of_its_rows_once(load: Load, size
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max() + 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [[70, 70, 70, 70], [90, 66, 65, 59], [160, 40, 40, 40]], ids=str)
+@pytest.mark.parametrize("sizes", [[70, 70, 70, 70], [90, 66, 65, 59], [130, 50, 50, 50]], ids=str)
 def test_even_shares_of_many_rows_are_multiplied_otherwise_and_are_the_same(sizes: list[int]) -> None:
     rows = sum(sizes)
     arrays = operands(rows, 4)
@@ -115,7 +115,7 @@ def test_even_rows_are_the_first_of_each_expert_and_go_back_where_they_came_from
 
 
 def test_no_row_is_even_where_loads_are_skewed() -> None:
-    even, skewed = [19, 7, 7, 7], [25, 5, 5, 5]
+    even, skewed = [20, 6, 6, 6], [20, 6, 6, 5]  # 28 and 27 of 40 places.
     assert int(even_rows(40, jnp.asarray(even), 10).share) == 10
     assert int(even_rows(40, jnp.asarray(skewed), 10).share) == 0
     # Nor where most of the rows are nobody's, however even the others.
