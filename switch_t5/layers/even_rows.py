@@ -23,7 +23,7 @@ from switch_t5.types import Array
 Result = TypeVar("Result")
 
 _MOST = 128
-"""Rows of an expert from which on the copies of its kernels no longer count beside its products."""
+"""Rows of an expert up to which the copies of its kernels count beside its products."""
 
 _FILLED = 0.7
 """The part of their places that rows must fill. Else the loop multiplies so many fewer that it is faster with its

@@ -167,7 +167,7 @@ def _transposed_products(rows: Array, kernels: Array) -> Array:
     if rows.shape[1] > _FEW:
         # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
         return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
-    # Turned on both sides of the product, which reads kernels where they are; folded into it, the turns would not.
+    # Without the barriers XLA would fold the turns into the product, and copy all kernels for it.
     turned = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
     products = jax.lax.optimization_barrier(jnp.einsum("eab,ebr->ear", kernels, turned))
     return jnp.swapaxes(products, 1, 2)

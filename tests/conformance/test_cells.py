@@ -294,6 +294,7 @@ class Wrong(NamedTuple):
 LAYER = moe.SwitchFeedForward
 TWO, MESHED, DROPLESS = Cell("top_2"), Cell("switch", mesh="2 x 2 x 2"), Cell("switch", "dropless")
 SWITCH, EXPERT_CHOICE, NO_TOKEN = Cell("switch"), Cell("expert_choice"), Cell("no_token_left_behind")
+# On one device even loads fill 34 of 48 places, and are taken evenly.
 EVEN, SHARED = Cell("sinkhorn", "dropless", layer="even loads"), Cell("top_2", layer="shared expert")
 NOISY, LIMITED = Cell("top_2", layer="gaussian noise"), Cell("sigmoid_limited")
 ASKED, DRAWN = Cell("gshard_top_2", layer="second choice drawn"), Cell("random", layer="experts drawn")
