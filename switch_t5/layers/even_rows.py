@@ -5,7 +5,7 @@ their stack; with many experts that takes as long as the products. All experts' 
 product that writes the stack itself.
 
 Experts that get less than their share are filled up, and those are products for nothing: where loads are skewed, all
-rows are left to the loop.
+rows are left to the loop, or where experts get very few each, all but half a share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ Result = TypeVar("Result")
 _MOST = 128
 """Rows of an expert up to which the copies of its kernels count beside its products."""
 
-_FILLED = 0.7
+_HALVED = 32
+"""Rows of an expert up to which reading its kernels takes longer than multiplying them, so that half a share is worth
+taking too."""
+
+_FILLED = 0.65
 """The part of their places that rows must fill. Else the loop multiplies so many fewer that it is faster with its
 copies."""
 
@@ -59,15 +63,30 @@ class EvenRows:
         place = jnp.where(self.inside[:, 0], self.expert * even.shape[1] + self.nth, 0)
         return jnp.where(self.inside, even.reshape(-1, even.shape[-1])[place], rows)
 
+
+@dataclasses.dataclass(frozen=True)
+class EvenChoice:
+    """Even rows of some numbers, of which at most one has any.
+
+    Attributes:
+      choices: for each number, those rows.
+      share: int32, the share of those that are there; 0 where none are.
+    """
+
+    choices: tuple[EvenRows, ...]
+    share: Array | int
+
     def work(self, function: Callable[..., Result], nothing: Callable[..., Result], *operands: Any) -> Result:
         """``function`` of such rows and of ``operands``, or ``nothing`` of those where there are no such rows."""
-        return jax.lax.cond(self.share > 0, partial(function, self), nothing, *operands)
+        taken = sum((nth * (even.share > 0) for nth, even in enumerate(self.choices, 1)), start=0)
+        return jax.lax.switch(taken, [nothing, *(partial(function, even) for even in self.choices)], *operands)
 
     def plus(self, value: Array, stack: Array, expert: Array) -> Array:
         """``value`` and what such rows have put in ``stack`` ``[expert, ...]``, which is not read without them."""
         # A loop of one turn or none; the turn is part of where it reads, or XLA would read before the loop.
-        turns = (self.share > 0).astype(jnp.int32)
-        return jax.lax.fori_loop(0, turns, lambda turn, value: value + stack[expert + turn], value)
+        turns = jnp.asarray(self.share > 0, jnp.int32)
+        add = lambda turn, value: value + stack[expert + turn]  # noqa: E731
+        return jax.lax.fori_loop(0, turns, add, value) if self.choices else value
 
 
 def even_share(rows: int, num_experts: int) -> int:
@@ -81,16 +100,26 @@ def even_share(rows: int, num_experts: int) -> int:
     return share if share <= _MOST else 0
 
 
-def even_rows(rows: int, sizes: Array, share: int) -> EvenRows:
-    """The first ``share`` rows of each expert where the loads are even, else none.
+def even_choice(rows: int, sizes: Array, share: int) -> EvenChoice:
+    """The first ``share`` rows of each expert where the loads are so even, else half as many of few, else none.
 
     Args:
       rows: sorted by expert, and those after the last expert's.
       sizes: ``[expert]`` int32, how many rows each has.
-      share: at least 1.
+      share: of an expert; 0 for none of any.
     """
+    choices, taken = [], 0
+    for some in (share, share // 2 if share <= _HALVED else 0):
+        if some:
+            choices.append(even_rows(rows, sizes, some, jnp.equal(taken, 0)))
+            taken = taken + choices[-1].share
+    return EvenChoice(tuple(choices), taken)
+
+
+def even_rows(rows: int, sizes: Array, share: int, wanted: Array | bool = True) -> EvenRows:
+    """The first ``share`` rows of each expert where those are ``wanted`` and the loads are so even, else none."""
     filled = jnp.sum(jnp.minimum(sizes, share)) >= _FILLED * share * sizes.shape[0]
-    taken = jnp.where(filled, share, 0)
+    taken = jnp.where(filled & wanted, share, 0)
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     offset = jnp.arange(share, dtype=jnp.int32)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.layers.even_rows import EvenRows, even_rows
+from switch_t5.layers.even_rows import EvenRows, even_choice
 from switch_t5.layers.row_blocks import Block, Load, cut, summed_outer
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
@@ -54,8 +54,8 @@ def _forward(
     hidden: Hidden, load: Load, x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None, sizes: Array
 ) -> tuple[Array, Any]:
     rows = x.shape[0]
-    even = even_rows(rows, sizes, load.share) if load.share else None
-    blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
+    even = even_choice(rows, sizes, load.share)
+    blocks = cut(rows, sizes, load.most, skip=even.share)
 
     def nothing(x: Array, into: tuple[Array, ...], wo: Array, keep: Array | None) -> tuple[Array, Array]:
         return jnp.zeros((rows, wo.shape[2]), x.dtype), jnp.zeros((len(into), rows, wo.shape[1]), x.dtype)
@@ -71,20 +71,27 @@ def _forward(
 
         return blocks.loop(expert, step, carry)
 
-    work = nothing if even is None else partial(even.work, partial(_even_forward, hidden), nothing)
-    y, branches = blocks.over_experts(one, work(x, into, wo, keep))
+    first = even.work(partial(_even_forward, hidden), nothing, x, into, wo, keep)
+    y, branches = blocks.over_experts(one, first)
     return y, (x, into, wo, keep, sizes, branches)
 
 
 def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[Any, ...]:
     x, into, wo, keep, sizes, branches = residuals
     rows = x.shape[0]
-    dy = jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)  # What no expert writes stays as it is.
-    even = even_rows(rows, sizes, load.share) if load.share else None
-    blocks = cut(rows, sizes, load.most, skip=0 if even is None else even.share)
+    even = even_choice(rows, sizes, load.share)
+    blocks = cut(rows, sizes, load.most, skip=even.share)
+
+    def without_the_rest(dy: Array) -> Array:
+        """What no expert writes stays as it is, so zero."""
+        return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)
 
     def nothing(dy: Array, x: Array, into: tuple[Array, ...], wo: Array, *_: Any) -> tuple[Array, tuple[Array, ...]]:
-        return dy, tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
+        return without_the_rest(dy), tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
+
+    def together(even: EvenRows, dy: Array, *others: Any) -> tuple[Array, tuple[Array, ...]]:
+        dx, d_kernels = _even_backward(hidden, even, dy, *others)
+        return even.put(dx, without_the_rest(dy)), d_kernels
 
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
@@ -100,8 +107,8 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
         def step(carry: Any, block: Block) -> Any:
             dy, branches = carry
             _, pull = jax.vjp(partial(hidden, _read(block, keep)), *block.read(branches))
-            d_branches = pull(block.read(dy) @ out.T)
-            first, *others = (d_branch @ kernel.T for d_branch, kernel in zip(d_branches, kernels, strict=True))
+            d_branches = pull(_transposed_product(block.read(dy), out))
+            first, *others = (_transposed_product(d, kernel) for d, kernel in zip(d_branches, kernels, strict=True))
             dx = sum(others, start=first)
             # All at once: XLA would copy them, were one written before another is computed from it.
             return block.write(dy, dx), block.write(branches, jnp.stack(d_branches))
@@ -113,13 +120,10 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
             blocks.sum(expert, partial(d_kernel_of, nth, d_branches), kernel.shape)
             for nth, kernel in enumerate(kernels)
         )
-        d_kernels = (*d_into, d_out)
-        if even is not None:
-            d_kernels = tuple(even.plus(d, stack, expert) for d, stack in zip(d_kernels, sums, strict=True))
+        d_kernels = (even.plus(d, stack, expert) for d, stack in zip((*d_into, d_out), sums, strict=True))
         return dx, d_branches, tuple(map(partial(_set, expert), sums, d_kernels))
 
-    work = nothing if even is None else partial(even.work, partial(_even_backward, hidden), nothing)
-    dy, d_kernels = work(dy, x, into, wo, keep, branches)
+    dy, d_kernels = even.work(together, nothing, dy, x, into, wo, keep, branches)
     dx, _, (*d_into, d_wo) = blocks.over_experts(one, (dy, branches, d_kernels))
     return dx, tuple(d_into), d_wo, None, np.zeros(sizes.shape, jax.dtypes.float0)
 
@@ -144,15 +148,15 @@ def _even_backward(
     keep: Array | None,
     branches: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """``dy`` ``[rows, embed]`` with ``dx`` in place of even rows', and what those add to the kernels' gradients."""
-    others_dy, dy = dy, even.take(dy)
+    """``dx`` of even rows, ``[expert, room, embed]``, and what they add to the kernels' gradients."""
+    dy = even.take(dy)
     activated, pull = jax.vjp(partial(hidden, _take(even, keep)), *map(even.take, branches))
     d_branches = pull(_transposed_products(dy, wo))
     d_wo = _summed_outers(activated + zero_after(d_branches[0][0, 0, 0]), dy)
     first, *others = (_transposed_products(d, kernel) for d, kernel in zip(d_branches, into, strict=True))
     dx = sum(others, start=first)
     x = even.take(x) + zero_after(dx[0, 0, 0])
-    return even.put(dx, others_dy), (*(_summed_outers(x, d) for d in d_branches), d_wo)
+    return dx, (*(_summed_outers(x, d) for d in d_branches), d_wo)
 
 
 def _products(rows: Array, kernels: Array) -> Array:
@@ -166,11 +170,17 @@ def _transposed_products(rows: Array, kernels: Array) -> Array:
     """``[expert, rows, b]`` times each expert's kernel of ``[expert, a, b]``, transposed: ``[expert, rows, a]``."""
     if rows.shape[1] > _FEW:
         # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
-        return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
-    # Without the barriers XLA would fold the turns into the product, and copy all kernels for it.
-    turned = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
-    products = jax.lax.optimization_barrier(jnp.einsum("eab,ebr->ear", kernels, turned))
-    return jnp.swapaxes(products, 1, 2)
+        return jax.lax.map(lambda pair: _transposed_product(*pair), (rows, kernels))
+    return _transposed_product(rows, kernels)
+
+
+def _transposed_product(rows: Array, kernel: Array) -> Array:
+    """``[..., rows, b]`` times a kernel of ``[..., a, b]``, transposed: ``[..., rows, a]``."""
+    if rows.shape[-2] > _FEW:
+        return rows @ jnp.swapaxes(kernel, -1, -2)
+    # Without the barrier XLA would fold the turn into the product, and copy the kernel in another order for it.
+    products = jax.lax.optimization_barrier(jnp.einsum("...ab,...rb->...ar", kernel, rows))
+    return jnp.swapaxes(products, -1, -2)
 
 
 def _summed_outers(left: Array, right: Array) -> Array:

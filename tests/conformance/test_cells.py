@@ -13,7 +13,7 @@ import pytest
 from switch_t5.conformance import cells
 from switch_t5.conformance.cells import ROUTERS, Cell, Result, check, expected_values
 from switch_t5.conformance.layers import LAYERS, SEVERAL
-from switch_t5.layers import expert_loop, moe, moe_config
+from switch_t5.layers import even_rows, expert_loop, moe, moe_config
 from switch_t5.routing import assignment, balance, choice, dispatch, router
 from tests.routing.routers import expected_routes, found_routes
 
@@ -98,7 +98,7 @@ router_logits, load_of, importance = moe.SwitchFeedForward._router_logits, assig
 top_k, cut, layer_route = choice.top_k, expert_loop.cut, moe.SwitchFeedForward.route
 filled_slots, combine_rows, sort_by_expert = moe.filled_slots, moe.combine_rows, moe.sort_by_expert
 masks, rows_of, holders = dispatch._masks, dispatch._rows, assignment._holders
-token_of, even_rows = cast("property", vars(assignment.Assignment)["token"]).__get__, expert_loop.even_rows
+token_of, rows_taken = cast("property", vars(assignment.Assignment)["token"]).__get__, even_rows.even_rows
 no_token_left_behind, expert_choice = choice.no_token_left_behind, choice.expert_choice
 assign_slots, load_balance_loss = choice.assign_slots, balance.load_balance_loss
 gshard_top_2, hashed, sum_shards = choice.gshard_top_2, choice.hashed, moe.sum_shards
@@ -155,13 +155,13 @@ def holders_one_too_far(order: jax.Array, first: jax.Array, *others: Any) -> jax
     return holders(order, first + 1, *others)
 
 
-def first_of_even_rows_left_out(rows: int, sizes: jax.Array, share: int) -> Any:
-    even = even_rows(rows, sizes, share)
+def first_of_even_rows_left_out(*args: Any) -> Any:
+    even = rows_taken(*args)
     return dataclasses.replace(even, mine=even.mine.at[:, 0].set(False))
 
 
-def one_even_row_twice(rows: int, sizes: jax.Array, share: int) -> Any:
-    even = even_rows(rows, sizes, share)
+def one_even_row_twice(*args: Any) -> Any:
+    even = rows_taken(*args)
     return dataclasses.replace(even, share=jnp.maximum(even.share - 1, 0))
 
 
@@ -316,7 +316,7 @@ WRONG = [
     Wrong("rows of the token before", MESHED, dispatch, "_rows", the_token_before, OUTPUT),
     Wrong("slots held by the next token", MESHED, assignment, "_holders", holders_one_too_far, OUTPUT),
     Wrong("an expert's last row left out", DROPLESS, expert_loop, "cut", blocks_one_row_short, OUTPUT),
-    Wrong("the first even rows left out", EVEN, expert_loop, "even_rows", first_of_even_rows_left_out, OUTPUT),
+    Wrong("the first even rows left out", EVEN, even_rows, "even_rows", first_of_even_rows_left_out, OUTPUT),
     Wrong("slots given again in another round", NO_TOKEN, choice, "_look_up", earlier_rounds_forgotten, SENT),
     Wrong("one choice fewer of an expert", EXPERT_CHOICE, choice, "expert_choice", one_fewer, {"expert_load", *SENT}),
     Wrong("a threshold of itself", NOISY, choice, "load_probabilities", threshold_of_itself, {"load_loss", *LOGITS}),
@@ -331,7 +331,7 @@ MORE_WRONG = [
     Wrong(
         "an even row left to the loop too",
         EVEN,
-        expert_loop,
+        even_rows,
         "even_rows",
         one_even_row_twice,
         {*EXPERTS, "gradient of x"},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_t5.layers.even_rows import even_rows, even_share
+from switch_t5.layers.even_rows import even_choice, even_rows, even_share
 from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.row_blocks import Load
 
@@ -60,7 +60,7 @@ def as_float32(arrays: list[np.ndarray]) -> list[jax.Array]:
 
 
 # Shares of 11 are taken of [10, 10, 10, 10] and [33], shares of 6 of [9, 7, 5, 6] and [6, 7, 5, 0] too, and shares of 1
-# wherever three of four experts have rows, or the only one.
+# wherever three of four experts have rows, or the only one. Of [0, 25, 4, 7] half a share of 6 and of 11 are taken.
 @pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=11)], ids=str)
 @pytest.mark.parametrize(
     "sizes",
@@ -115,7 +115,7 @@ def test_even_rows_are_the_first_of_each_expert_and_go_back_where_they_came_from
 
 
 def test_no_row_is_even_where_loads_are_skewed() -> None:
-    even, skewed = [20, 6, 6, 6], [20, 6, 6, 5]  # 28 and 27 of 40 places.
+    even, skewed = [20, 6, 5, 5], [20, 6, 5, 4]  # 26 and 25 of 40 places.
     assert int(even_rows(40, jnp.asarray(even), 10).share) == 10
     assert int(even_rows(40, jnp.asarray(skewed), 10).share) == 0
     # Nor where most of the rows are nobody's, however even the others.
@@ -127,10 +127,30 @@ def test_no_row_is_even_where_loads_are_skewed() -> None:
 
 @pytest.mark.parametrize(("sizes", "expected"), [((4, 2), [10, 20, 30, 0, 50, 60]), ((6, 0), [-1] * 6)])
 def test_even_rows_are_worked_on_together_where_there_are_any(sizes: tuple[int, int], expected: list[int]) -> None:
-    even = even_rows(6, jnp.asarray(sizes), 3)
+    even = even_choice(6, jnp.asarray(sizes), 3)
     rows = jnp.arange(1.0, 7)[:, None]
     worked = even.work(lambda even, rows: even.put(10 * even.take(rows)), lambda rows: jnp.full_like(rows, -1), rows)
     np.testing.assert_array_equal(worked[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("share", "sizes", "expected"),
+    [
+        (8, [8, 8, 5, 0], [8, 0]),  # 21 of 32 places.
+        (8, [20, 5, 4, 3], [0, 4]),  # 20 of 32, 15 of 16.
+        (8, [30, 2, 0, 0], [0, 0]),
+        (7, [26, 2, 2, 2], [0, 3]),  # 13 of 28, 9 of 12.
+        (1, [4, 0, 0, 0], [0]),
+        (33, [66, 18, 17, 17], [0]),  # Half of them would be filled.
+        (0, [8, 8, 8, 8], []),
+    ],
+)
+def test_half_a_share_of_few_rows_is_taken_where_a_whole_one_is_not(
+    share: int, sizes: list[int], expected: list[int]
+) -> None:
+    choice = even_choice(sum(sizes), jnp.asarray(sizes), share)
+    assert [int(even.share) for even in choice.choices] == expected
+    assert int(choice.share) == sum(expected)
 
 
 def test_the_share_of_an_expert_is_even_and_none_where_kernels_are_small_beside_rows() -> None:
