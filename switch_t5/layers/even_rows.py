@@ -5,7 +5,7 @@ their stack; with many experts that takes as long as the products. All experts' 
 product that writes the stack itself.
 
 Experts that get less than their share are filled up, and those are products for nothing: where loads are skewed, all
-rows are left to the loop, or where experts get very few each, all but half a share.
+rows are left to the loop. Where a share is very few rows, half of it is tried before that.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ _MOST = 128
 """Rows of an expert up to which the copies of its kernels count beside its products."""
 
 _HALVED = 32
-"""Rows of an expert up to which reading its kernels takes longer than multiplying them, so that half a share is worth
-taking too."""
+"""The largest share of which half is worth taking too: kernels take longer to read than to multiply by so few rows."""
 
 _FILLED = 0.65
 """The part of their places that rows must fill. Else the loop multiplies so many fewer that it is faster with its
@@ -78,15 +77,16 @@ class EvenChoice:
 
     def work(self, function: Callable[..., Result], nothing: Callable[..., Result], *operands: Any) -> Result:
         """``function`` of such rows and of ``operands``, or ``nothing`` of those where there are no such rows."""
-        taken = sum((nth * (even.share > 0) for nth, even in enumerate(self.choices, 1)), start=0)
-        return jax.lax.switch(taken, [nothing, *(partial(function, even) for even in self.choices)], *operands)
+        branch = sum(nth * (even.share > 0) for nth, even in enumerate(self.choices, 1))
+        return jax.lax.switch(branch, [nothing, *(partial(function, even) for even in self.choices)], *operands)
 
     def plus(self, value: Array, stack: Array, expert: Array) -> Array:
         """``value`` and what such rows have put in ``stack`` ``[expert, ...]``, which is not read without them."""
+        if not self.choices:
+            return value
         # A loop of one turn or none; the turn is part of where it reads, or XLA would read before the loop.
         turns = jnp.asarray(self.share > 0, jnp.int32)
-        add = lambda turn, value: value + stack[expert + turn]  # noqa: E731
-        return jax.lax.fori_loop(0, turns, add, value) if self.choices else value
+        return jax.lax.fori_loop(0, turns, lambda turn, value: value + stack[expert + turn], value)
 
 
 def even_share(rows: int, num_experts: int) -> int:
@@ -101,7 +101,7 @@ def even_share(rows: int, num_experts: int) -> int:
 
 
 def even_choice(rows: int, sizes: Array, share: int) -> EvenChoice:
-    """The first ``share`` rows of each expert where the loads are so even, else half as many of few, else none.
+    """The first ``share`` rows of each expert where they fill enough places; else half of a small share; else none.
 
     Args:
       rows: sorted by expert, and those after the last expert's.
@@ -117,7 +117,14 @@ def even_choice(rows: int, sizes: Array, share: int) -> EvenChoice:
 
 
 def even_rows(rows: int, sizes: Array, share: int, wanted: Array | bool = True) -> EvenRows:
-    """The first ``share`` rows of each expert where those are ``wanted`` and the loads are so even, else none."""
+    """The first ``share`` rows of each expert where they are ``wanted`` and fill enough places, else none.
+
+    Args:
+      rows: as those of :func:`even_choice`.
+      sizes: the same.
+      share: at least 1.
+      wanted: bool.
+    """
     filled = jnp.sum(jnp.minimum(sizes, share)) >= _FILLED * share * sizes.shape[0]
     taken = jnp.where(filled & wanted, share, 0)
     ends = jnp.cumsum(sizes)

@@ -3,9 +3,9 @@
 A loop keeps an expert's activations in the cache and multiplies no empty slot. Beside its input and its hidden
 activations it holds nothing larger than one block's: on the way back a block's gradients take the places of the values
 that they follow from. It reads a kernel for the last time before that kernel's gradient is whole, so that the optimizer
-may write its update in place. Where experts get a few rows each and their loads are even, each product is done for all
-experts before the next instead (:mod:`switch_t5.layers.even_rows`), which takes memory for all of their hidden
-activations and gradients once more.
+may write its update in place. Where experts get a few rows each and their loads are even enough, each product of a
+share of those rows is done for all experts before the next instead (:mod:`switch_t5.layers.even_rows`), which takes
+memory for all of their hidden activations and gradients once more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from switch_t5.types import Array
 Hidden = Callable[..., Array]
 
 _FEW = 64
-"""Rows of an expert up to which copying its kernel takes longer than turning them and their product with it."""
+"""Rows of an expert, or of a block, up to which copying a kernel in another order takes longer than turning their
+product with it."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

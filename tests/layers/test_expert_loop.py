@@ -59,12 +59,23 @@ def as_float32(arrays: list[np.ndarray]) -> list[jax.Array]:
     return [jnp.asarray(array, bool if array.dtype == bool else jnp.float32) for array in arrays]
 
 
-# Shares of 11 are taken of [10, 10, 10, 10] and [33], shares of 6 of [9, 7, 5, 6] and [6, 7, 5, 0] too, and shares of 1
-# wherever three of four experts have rows, or the only one. Of [0, 25, 4, 7] half a share of 6 and of 11 are taken.
+# Shares of 11 are taken of [10, 10, 10, 10] and [33], and half of them, 5, of [9, 7, 5, 6], [0, 25, 4, 7] and
+# [6, 7, 5, 0]; shares of 6 of all of these, and half of them, 3, of [20, 3, 3, 2]; shares of 1 wherever three of four
+# experts have rows, or the only one.
 @pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=11)], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [[10, 10, 10, 10], [9, 7, 5, 6], [0, 25, 4, 7], [6, 7, 5, 0], [40, 0, 0, 0], [0, 0, 0, 40], [0, 0, 0, 0], [33]],
+    [
+        [10, 10, 10, 10],
+        [9, 7, 5, 6],
+        [0, 25, 4, 7],
+        [6, 7, 5, 0],
+        [20, 3, 3, 2],
+        [40, 0, 0, 0],
+        [0, 0, 0, 40],
+        [0, 0, 0, 0],
+        [33],
+    ],
     ids=str,
 )
 def test_each_row_meets_its_own_expert_and_rows_past_the_last_are_zero(load: Load, sizes: list[int]) -> None:
@@ -125,9 +136,14 @@ def test_no_row_is_even_where_loads_are_skewed() -> None:
     np.testing.assert_array_equal(none.put(jnp.zeros((4, 10, 1)), rows), rows)
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [((4, 2), [10, 20, 30, 0, 50, 60]), ((6, 0), [-1] * 6)])
-def test_even_rows_are_worked_on_together_where_there_are_any(sizes: tuple[int, int], expected: list[int]) -> None:
-    even = even_choice(6, jnp.asarray(sizes), 3)
+@pytest.mark.parametrize(
+    ("share", "sizes", "expected"),
+    [(3, (4, 2), [10, 20, 30, 0, 50, 60]), (4, (5, 1), [10, 20, 0, 0, 0, 60]), (3, (6, 0), [-1] * 6)],
+)
+def test_even_rows_are_worked_on_together_where_there_are_any(
+    share: int, sizes: tuple[int, int], expected: list[int]
+) -> None:
+    even = even_choice(6, jnp.asarray(sizes), share)
     rows = jnp.arange(1.0, 7)[:, None]
     worked = even.work(lambda even, rows: even.put(10 * even.take(rows)), lambda rows: jnp.full_like(rows, -1), rows)
     np.testing.assert_array_equal(worked[:, 0], expected)
@@ -138,10 +154,11 @@ def test_even_rows_are_worked_on_together_where_there_are_any(sizes: tuple[int, 
     [
         (8, [8, 8, 5, 0], [8, 0]),  # 21 of 32 places.
         (8, [20, 5, 4, 3], [0, 4]),  # 20 of 32, 15 of 16.
-        (8, [30, 2, 0, 0], [0, 0]),
+        (8, [30, 2, 0, 0], [0, 0]),  # 10 of 32, 6 of 16.
+        (32, [64, 17, 16, 16], [0, 16]),  # 81 of 128, 64 of 64.
         (7, [26, 2, 2, 2], [0, 3]),  # 13 of 28, 9 of 12.
         (1, [4, 0, 0, 0], [0]),
-        (33, [66, 18, 17, 17], [0]),  # Half of them would be filled.
+        (33, [66, 18, 17, 17], [0]),  # 85 of 132; half a share would fill all of its places.
         (0, [8, 8, 8, 8], []),
     ],
 )
