@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from switch_t5.inference.config import DecodingConfig
 from switch_t5.model.functional import Model
-from switch_t5.model.incremental import DecoderCache, decode_token, new_cache, reorder
-from switch_t5.model.transformer import SwitchTransformer, logits
+from switch_t5.model.incremental import DecoderCache, decode_token, new_cache, next_logits, reorder
+from switch_t5.model.transformer import SwitchTransformer
 from switch_t5.partitioning.rules import num_shards
 from switch_t5.types import Array, Params
 
@@ -119,7 +119,7 @@ def _one_by_one(
     def step(state: _Sequences) -> _Sequences:
         inputs = _last(state.tokens, state.position)
         hidden, cache = decode_token(module, inputs, ~state.ended, state.position, state.cache)
-        values = logits(hidden, kernel)
+        values = next_logits(hidden, kernel)
         token = _drawn(values, keys, state.position, config) if config.temperature else jnp.argmax(values, axis=-1)
         token = jnp.where(state.ended, 0, token).astype(jnp.int32)
         chosen = jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(values, axis=-1)
@@ -231,7 +231,7 @@ def _beam_search(
     def step(state: _Beams) -> _Beams:
         real = jnp.broadcast_to(~state.done[:, None], (batch, beams))
         hidden, cache = decode_token(module, _last(state.tokens, state.position), real, state.position, state.cache)
-        log_probs = jax.nn.log_softmax(logits(hidden, kernel)) + state.log_probs[..., None]
+        log_probs = jax.nn.log_softmax(next_logits(hidden, kernel)) + state.log_probs[..., None]
         best, flat = jax.lax.top_k(log_probs.reshape(batch, -1), 2 * beams)
         parents, token = jnp.divmod(flat, log_probs.shape[-1])
         tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)

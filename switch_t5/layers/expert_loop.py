@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_t5.layers.even_rows import EvenRows, even_choice
+from switch_t5.layers.few_rows import times_transpose
 from switch_t5.layers.row_blocks import Block, Load, cut, summed_outer
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
@@ -179,9 +180,7 @@ def _transposed_product(rows: Array, kernel: Array) -> Array:
     """``[..., rows, b]`` times a kernel of ``[..., a, b]``, transposed: ``[..., rows, a]``."""
     if rows.shape[-2] > _FEW:
         return rows @ jnp.swapaxes(kernel, -1, -2)
-    # Without the barrier XLA would fold the turn into the product, and copy the kernel in another order for it.
-    products = jax.lax.optimization_barrier(jnp.einsum("...ab,...rb->...ar", kernel, rows))
-    return jnp.swapaxes(products, -1, -2)
+    return times_transpose(rows, kernel)
 
 
 def _summed_outers(left: Array, right: Array) -> Array:

@@ -8,6 +8,7 @@ it takes query positions; only self-attention has a past for each.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,12 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from switch_t5.layers.attention import HEADS_AXES, MASKED, attend, into_heads, mask_bias, out_of_heads
+from switch_t5.layers.few_rows import times_transpose
 from switch_t5.layers.parameter import gather_parameters
 from switch_t5.model.blocks import RESIDUAL_AXES, Block, BlockInputs
 from switch_t5.model.stack import Stack
-from switch_t5.model.transformer import SwitchTransformer
-from switch_t5.partitioning.rules import constrain
+from switch_t5.model.transformer import SwitchTransformer, logits
+from switch_t5.partitioning.rules import constrain, is_partitioned, target_platform
 from switch_t5.types import Array
+
+_FEW = 16
+"""Rows up to which the embedding is multiplied from the left: with twice as many that takes as long."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["key", "value", "cross_key", "cross_value"], meta_fields=[])
@@ -123,6 +128,15 @@ def decode_token(
     x = module.embedding(tokens, module.config.activation_dtype)
     x, blocks = _through(module.decoder.stack, step, constrain(x, RESIDUAL_AXES), cache.blocks)
     return module.before_logits(module.decoder.norm(x)), dataclasses.replace(cache, blocks=blocks)
+
+
+def next_logits(hidden: Array, output_kernel: Array) -> Array:
+    """``[batch, hypotheses, embed]`` of :func:`decode_token` and ``[vocab, embed]`` to ``[..., vocab]``, float32."""
+    rows = math.prod(hidden.shape[:-1])
+    if rows > _FEW or target_platform() != "cpu" or is_partitioned():
+        return logits(hidden, output_kernel)
+    values = times_transpose(hidden.reshape(rows, -1).astype(jnp.float32), output_kernel)
+    return values.reshape(*hidden.shape[:-1], -1)
 
 
 def _positions(owner: Any, max_length: int) -> Array:

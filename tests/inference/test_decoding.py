@@ -20,6 +20,7 @@ from switch_t5.inference.config import DecodingConfig
 from switch_t5.inference.decoding import Decoded, decode, restricted
 from switch_t5.inference.independence import independent
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.model import incremental
 from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits
@@ -205,6 +206,17 @@ def test_a_step_copies_no_cache(how: dict[str, float]) -> None:
     made = re.findall(rf"= {cache}\S* (\w[\w-]*)\(", step)
     assert "copy" not in made
     assert made.count("fusion") == 2 * config.num_decoder_layers  # Where a key and a value are written.
+
+
+@pytest.mark.parametrize(("shape", "on_the_left"), [((1, 1), True), ((4, 4), True), ((17, 1), False)])
+def test_a_few_rows_have_the_logits_that_many_have(shape: tuple[int, int], on_the_left: bool) -> None:
+    random = np.random.default_rng(0)
+    hidden, kernel = random.normal(size=(*shape, 6)), random.normal(size=(11, 6))
+    narrow = jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    np.testing.assert_allclose(incremental.next_logits(*narrow), hidden @ kernel.T, rtol=1e-5, atol=1e-5)
+    # The kernel is the product's first factor, or its second.
+    program = jax.jit(incremental.next_logits).lower(*narrow).as_text()
+    assert bool(re.search(r"dot_general .*: \(tensor<11x6xf32>, ", program)) is on_the_left
 
 
 def test_the_model_as_trained_lets_tokens_compete() -> None:
