@@ -172,15 +172,13 @@ def _transposed_products(rows: Array, kernels: Array) -> Array:
     """``[expert, rows, b]`` times each expert's kernel of ``[expert, a, b]``, transposed: ``[expert, rows, a]``."""
     if rows.shape[1] > _FEW:
         # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
-        return jax.lax.map(lambda pair: _transposed_product(*pair), (rows, kernels))
-    return _transposed_product(rows, kernels)
+        return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
+    return times_transpose(rows, kernels)
 
 
 def _transposed_product(rows: Array, kernel: Array) -> Array:
-    """``[..., rows, b]`` times a kernel of ``[..., a, b]``, transposed: ``[..., rows, a]``."""
-    if rows.shape[-2] > _FEW:
-        return rows @ jnp.swapaxes(kernel, -1, -2)
-    return times_transpose(rows, kernel)
+    """``[rows, b]`` times a kernel of ``[a, b]``, transposed: ``[rows, a]``."""
+    return rows @ kernel.T if len(rows) > _FEW else times_transpose(rows, kernel)
 
 
 def _summed_outers(left: Array, right: Array) -> Array:

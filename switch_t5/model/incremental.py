@@ -27,7 +27,7 @@ from switch_t5.partitioning.rules import constrain, is_partitioned, target_platf
 from switch_t5.types import Array
 
 _FEW = 16
-"""Rows up to which the embedding is multiplied from the left: with twice as many that takes as long."""
+"""Rows up to which the output kernel stands on the left of its product: with twice as many that takes as long."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["key", "value", "cross_key", "cross_value"], meta_fields=[])
@@ -135,8 +135,8 @@ def next_logits(hidden: Array, output_kernel: Array) -> Array:
     rows = math.prod(hidden.shape[:-1])
     if rows > _FEW or target_platform() != "cpu" or is_partitioned():
         return logits(hidden, output_kernel)
-    values = times_transpose(hidden.reshape(rows, -1).astype(jnp.float32), output_kernel)
-    return values.reshape(*hidden.shape[:-1], -1)
+    values = times_transpose(hidden.reshape(rows, hidden.shape[-1]).astype(jnp.float32), output_kernel)
+    return values.reshape(*hidden.shape[:-1], len(output_kernel))
 
 
 def _positions(owner: Any, max_length: int) -> Array:

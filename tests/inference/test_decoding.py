@@ -90,7 +90,7 @@ def run(
 
 
 @functools.cache
-def next_logits(kind: str, length: int = LENGTH) -> Callable[[Array, Array, int], Array]:
+def full_pass_logits(kind: str, length: int = LENGTH) -> Callable[[Array, Array, int], Array]:
     """Logits of one row by a full forward pass, of which only the first inputs are there."""
     model, params = model_and_params(kind)
 
@@ -108,7 +108,7 @@ def log_probs_after(kind: str, row: Array, said: tuple[int, ...], length: int = 
     """Log-probabilities of what follows a prefix: ``[vocab]``."""
     inputs = np.zeros((1, length), np.int32)
     inputs[0, 1 : len(said) + 1] = said[: length - 1]
-    values = next_logits(kind, length)(row[None], inputs, len(said) + 1)
+    values = full_pass_logits(kind, length)(row[None], inputs, len(said) + 1)
     return np.asarray(jax.nn.log_softmax(values[0, len(said)]))
 
 
@@ -208,15 +208,41 @@ def test_a_step_copies_no_cache(how: dict[str, float]) -> None:
     assert made.count("fusion") == 2 * config.num_decoder_layers  # Where a key and a value are written.
 
 
-@pytest.mark.parametrize(("shape", "on_the_left"), [((1, 1), True), ((4, 4), True), ((17, 1), False)])
-def test_a_few_rows_have_the_logits_that_many_have(shape: tuple[int, int], on_the_left: bool) -> None:
+def first_factor(hidden: Array, kernel: Array) -> str:
+    """The shape of the first factor of the logits' product."""
+    program = jax.jit(incremental.next_logits).lower(hidden, kernel).as_text()
+    found = re.search(r"dot_general .*: \(tensor<([0-9x]+)xf32>, ", program)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "factor"), [((1, 1), "11x6"), ((4, 4), "11x6"), ((17, 1), "17x1x6"), ((9, 2), "9x2x6")]
+)
+def test_a_few_rows_have_the_logits_that_many_have(shape: tuple[int, int], factor: str) -> None:
     random = np.random.default_rng(0)
     hidden, kernel = random.normal(size=(*shape, 6)), random.normal(size=(11, 6))
-    narrow = jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    np.testing.assert_allclose(incremental.next_logits(*narrow), hidden @ kernel.T, rtol=1e-5, atol=1e-5)
-    # The kernel is the product's first factor, or its second.
-    program = jax.jit(incremental.next_logits).lower(*narrow).as_text()
-    assert bool(re.search(r"dot_general .*: \(tensor<11x6xf32>, ", program)) is on_the_left
+    arrays = jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    np.testing.assert_allclose(incremental.next_logits(*arrays), hidden @ kernel.T, rtol=1e-5, atol=1e-5)
+    assert first_factor(*arrays) == factor
+
+
+@pytest.mark.multidevice
+def test_the_kernel_leads_on_one_cpu_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = jnp.ones((11, 6))  # Of shapes of their own: what was traced before would be found again.
+    with partitioned(make_mesh(MeshConfig(num_devices=2))):
+        assert first_factor(jnp.ones((2, 1, 6)), kernel) == "2x1x6"
+    monkeypatch.setattr(incremental, "target_platform", lambda: "tpu")
+    assert first_factor(jnp.ones((3, 1, 6)), kernel) == "3x1x6"
+
+
+@pytest.mark.parametrize("rows", [5, 8, 15])
+def test_a_rows_logits_depend_on_no_other_to_the_last_bit(rows: int) -> None:
+    random = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((rows, 1, 256), (1000, 256)))
+    order = random.permutation(rows)
+    logits_of = jax.jit(incremental.next_logits)
+    np.testing.assert_array_equal(logits_of(hidden[order], kernel), logits_of(hidden, kernel)[order])
 
 
 def test_the_model_as_trained_lets_tokens_compete() -> None:

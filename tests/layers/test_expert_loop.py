@@ -60,7 +60,7 @@ def as_float32(arrays: list[np.ndarray]) -> list[jax.Array]:
 
 
 # Shares of 11 are taken of [10, 10, 10, 10] and [33], and half of them, 5, of [9, 7, 5, 6], [0, 25, 4, 7] and
-# [6, 7, 5, 0]; shares of 6 of all of these, and half of them, 3, of [20, 3, 3, 2]; shares of 1 wherever three of four
+# [6, 7, 5, 0]; shares of 6 of all of these, and half of them, 3, of [20, 3, 3, 1]; shares of 1 wherever three of four
 # experts have rows, or the only one.
 @pytest.mark.parametrize("load", [Load(), Load(most=40), Load(share=1), Load(share=6), Load(share=11)], ids=str)
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def as_float32(arrays: list[np.ndarray]) -> list[jax.Array]:
         [9, 7, 5, 6],
         [0, 25, 4, 7],
         [6, 7, 5, 0],
-        [20, 3, 3, 2],
+        [20, 3, 3, 1],
         [40, 0, 0, 0],
         [0, 0, 0, 40],
         [0, 0, 0, 0],
