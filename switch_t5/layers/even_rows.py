@@ -69,11 +69,14 @@ class EvenChoice:
 
     Attributes:
       choices: for each number, those rows.
-      share: int32, the share of those that are there; 0 where none are.
     """
 
-    choices: tuple[EvenRows, ...]
-    share: Array | int
+    choices: tuple[EvenRows, ...] = ()
+
+    @property
+    def share(self) -> Array | int:
+        """int32, the share of those that are there; 0 where none are."""
+        return sum(even.share for even in self.choices)
 
     def work(self, function: Callable[..., Result], nothing: Callable[..., Result], *operands: Any) -> Result:
         """``function`` of such rows and of ``operands``, or ``nothing`` of those where there are no such rows."""
@@ -108,12 +111,11 @@ def even_choice(rows: int, sizes: Array, share: int) -> EvenChoice:
       sizes: ``[expert]`` int32, how many rows each has.
       share: of an expert; 0 for none of any.
     """
-    choices, taken = [], 0
+    choice = EvenChoice()
     for some in (share, share // 2 if share <= _HALVED else 0):
         if some:
-            choices.append(even_rows(rows, sizes, some, jnp.equal(taken, 0)))
-            taken = taken + choices[-1].share
-    return EvenChoice(tuple(choices), taken)
+            choice = EvenChoice((*choice.choices, even_rows(rows, sizes, some, choice.share == 0)))
+    return choice
 
 
 def even_rows(rows: int, sizes: Array, share: int, wanted: Array | bool = True) -> EvenRows:

@@ -85,7 +85,7 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
     blocks = cut(rows, sizes, load.most, skip=even.share)
 
     def without_the_rest(dy: Array) -> Array:
-        """What no expert writes stays as it is, so zero."""
+        """What no expert writes stays as it is, so zero; in either case below, for XLA would copy what is given on."""
         return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)
 
     def nothing(dy: Array, x: Array, into: tuple[Array, ...], wo: Array, *_: Any) -> tuple[Array, tuple[Array, ...]]:
