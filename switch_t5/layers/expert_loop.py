@@ -30,6 +30,9 @@ _FEW = 64
 """Rows of an expert, or of a block, up to which copying a kernel in another order takes longer than turning their
 product with it."""
 
+_FEW_WIDE = 16
+"""Rows of an expert up to which turning them is faster than copying a kernel that is narrower than they are."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def expert_loop(
@@ -163,6 +166,9 @@ def _even_backward(
 
 def _products(rows: Array, kernels: Array) -> Array:
     """``[expert, rows, a]`` times each expert's kernel of ``[expert, a, b]``: ``[expert, rows, b]``."""
+    _, count, width = rows.shape
+    if count > _FEW_WIDE and width > kernels.shape[2]:
+        return _one_by_one(jnp.matmul, rows, kernels)
     # With the rows turned, XLA on a CPU reads kernels where they are; else it copies all of them in another order.
     turned = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
     return jnp.einsum("ear,eab->erb", turned, kernels)
@@ -171,9 +177,13 @@ def _products(rows: Array, kernels: Array) -> Array:
 def _transposed_products(rows: Array, kernels: Array) -> Array:
     """``[expert, rows, b]`` times each expert's kernel of ``[expert, a, b]``, transposed: ``[expert, rows, a]``."""
     if rows.shape[1] > _FEW:
-        # One expert after the other, which copies kernels, but one at a time, while it is in the cache.
-        return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (rows, kernels))
+        return _one_by_one(lambda rows, kernel: rows @ kernel.T, rows, kernels)
     return times_transpose(rows, kernels)
+
+
+def _one_by_one(product: Callable[[Array, Array], Array], rows: Array, kernels: Array) -> Array:
+    """``product`` of each expert's rows and kernel; each kernel is copied, but on its own, and stays in the cache."""
+    return jax.lax.map(lambda pair: product(*pair), (rows, kernels))
 
 
 def _transposed_product(rows: Array, kernel: Array) -> Array:
