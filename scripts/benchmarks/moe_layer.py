@@ -9,8 +9,10 @@ alone, with their derivatives: on ``[expert, capacity, embed]`` where there is a
 product for each expert on exactly the tokens that it got. ``balanced`` routes give every expert the same number of
 tokens, ``zipf`` routes give the i-th expert a share in 1/i. All return the gradients of their input and of their
 weights. A layer, its floor and a dense feed-forward on the same tokens are timed in turn, in a process for each layer.
-Temporary memory is XLA's own account of the layer's program, over that of what is dispatched: the tokens in their
-slots or rows, their hidden activations and their outputs.
+Nothing is random, neither jitter nor dropout. Ours and DeepSpeed's have their balance loss, Hugging Face's has none.
+Ratios are of CPU seconds, and in brackets of wall seconds, which a shared machine makes vary more. Temporary memory is
+XLA's own account of the layer's program, over that of what is dispatched: the tokens in their slots or rows, their
+hidden activations and their outputs.
 
 The processes keep the memory that they have freed, in large pages: gigabytes that are returned and asked for anew at
 each step can take longer than the layer, and on a virtual machine any time. ``--fresh_memory`` leaves that to malloc.
@@ -32,6 +34,9 @@ from timing import add_common_flags, in_process, kept_memory_environment, report
 TOKENS, CAPACITY_FACTOR = 8192, 1.25
 WARM_UP = 4
 """Rounds until what a process keeps no longer grows: gigabytes of gradients find their places anew in each."""
+
+NAMES = ("size", "experts", "routes", "dispatch")
+"""What a row is called by."""
 
 PEERS = ("deepspeed", "huggingface")
 
@@ -69,7 +74,7 @@ def main() -> int:
         return in_process(__file__, *flags, python=python, variables=variables)
 
     def finished(row: dict[str, Any]) -> dict[str, Any]:
-        print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
+        print(*(row[name] for name in NAMES), *columns(row), sep="  ", file=sys.stderr, flush=True)
         return row
 
     rows = []
@@ -84,19 +89,30 @@ def main() -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, with the ratios that matter, of CPU seconds."""
-    lines = [
-        "| embed x mlp | experts | routes | dispatch | layer CPU s | / floor | / dense | temporary MB | / dispatched |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: a line for each size, number of experts and routes, and in it each layer's seconds and ratios."""
+    layers = list(dict.fromkeys(row["dispatch"] for row in rows))
+    ours = {row["dispatch"] for row in rows if row["system"] == "switch_t5"}
+    heading = ["embed x mlp", "experts", "routes"]
+    for layer in layers:
+        heading += [f"{layer}: CPU s", *(["/ floor", "/ dense", "temporary"] if layer in ours else ["/ dense"])]
+    lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        seconds, floor, temporary = row["cpu_seconds"], row.get("floor_cpu_seconds"), row.get("temporary_bytes")
-        lines.append(
-            f"| {row['size']} | {row['experts']} | {row['routes']} | {row['dispatch']} | {seconds:.3f} | "
-            f"{f'{seconds / floor:.2f}' if floor else '–'} | {seconds / row['dense_cpu_seconds']:.2f} | "
-            + (f"{temporary / 1e6:,.0f} | {temporary / row['dispatched_bytes']:.2f} |" if temporary else "– | – |")
-        )
-    return "\n".join(lines)
+        lines.setdefault((row["size"], row["experts"], row["routes"]), {})[row["dispatch"]] = row
+    cells = [[*map(str, key), *(cell for layer in layers for cell in columns(by[layer]))] for key, by in lines.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *cells))
+
+
+def columns(row: dict[str, Any]) -> list[str]:
+    """A layer's cells: CPU seconds, ratios of CPU and (wall) seconds, and temporary over dispatched memory."""
+
+    def ratio(of: str) -> str:
+        cpu, wall = (row[f"{kind}seconds"] / row[f"{of}_{kind}seconds"] for kind in ("cpu_", "wall_"))
+        return f"{cpu:.2f} ({wall:.2f})"
+
+    if row["system"] != "switch_t5":
+        return [f"{row['cpu_seconds']:.3f}", ratio("dense")]
+    memory = row["temporary_bytes"] / row["dispatched_bytes"]
+    return [f"{row['cpu_seconds']:.3f}", ratio("floor"), ratio("dense"), f"{memory:.2f}"]
 
 
 def measure(size: str, experts: int, routes: str, method: Any, *, group_size: int, repeats: int) -> dict[str, Any]:
@@ -173,8 +189,8 @@ def measure(size: str, experts: int, routes: str, method: Any, *, group_size: in
 
 
 def wall(seconds: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """A row's wall seconds, for its JSON: the table's ratios are of CPU seconds."""
-    return {f"{name}_wall_seconds": pair[0] for name, pair in seconds.items()}
+    """A row's wall seconds, named as its CPU seconds are."""
+    return {f"{'' if name == 'layer' else name + '_'}wall_seconds": pair[0] for name, pair in seconds.items()}
 
 
 def each_by_itself(experts: Any) -> Any:

@@ -44,7 +44,7 @@ def kept_memory_environment() -> dict[str, str]:
 
 def in_process(script: str, *flags: str, python: str = sys.executable, variables: Mapping[str, str] = {}) -> Any:
     """Runs a script by itself and returns the JSON of its last line."""
-    environment = {**os.environ, **(variables or {}), "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [python, script, *flags]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])

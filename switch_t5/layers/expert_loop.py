@@ -20,7 +20,7 @@ import numpy as np
 
 from switch_t5.layers.even_rows import EvenRows, even_choice
 from switch_t5.layers.few_rows import times_transpose
-from switch_t5.layers.row_blocks import Block, Load, cut, summed_outer
+from switch_t5.layers.row_blocks import Block, Load, cut, summed_outer, without_the_rest
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
 
@@ -31,7 +31,8 @@ _FEW = 64
 product with it."""
 
 _FEW_WIDE = 16
-"""Rows of an expert up to which turning them is faster than copying a kernel that is narrower than they are."""
+"""Rows of an expert up to which turning them is faster than copying its kernel, where they are wider than their
+product with it."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -87,16 +88,13 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
     even = even_choice(rows, sizes, load.share)
     blocks = cut(rows, sizes, load.most, skip=even.share)
 
-    def without_the_rest(dy: Array) -> Array:
-        """What no expert writes stays as it is, so zero; in either case below, for XLA would copy what is given on."""
-        return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), dy, 0)
-
+    # What no expert writes stays as it is, so zero: by either function, for XLA would copy an array made before them.
     def nothing(dy: Array, x: Array, into: tuple[Array, ...], wo: Array, *_: Any) -> tuple[Array, tuple[Array, ...]]:
-        return without_the_rest(dy), tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
+        return without_the_rest(dy, sizes), tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
 
     def together(even: EvenRows, dy: Array, *others: Any) -> tuple[Array, tuple[Array, ...]]:
         dx, d_kernels = _even_backward(hidden, even, dy, *others)
-        return even.put(dx, without_the_rest(dy)), d_kernels
+        return even.put(dx, without_the_rest(dy, sizes)), d_kernels
 
     def one(expert: Array, carry: Any) -> Any:
         kernels, out = tuple(kernel[expert] for kernel in into), wo[expert]
@@ -166,10 +164,11 @@ def _even_backward(
 
 def _products(rows: Array, kernels: Array) -> Array:
     """``[expert, rows, a]`` times each expert's kernel of ``[expert, a, b]``: ``[expert, rows, b]``."""
+    # With the rows turned, XLA on a CPU reads kernels where they are; else it copies all of them in another order. But
+    # many wide rows, such as hidden activations, take long to turn.
     _, count, width = rows.shape
     if count > _FEW_WIDE and width > kernels.shape[2]:
         return _one_by_one(jnp.matmul, rows, kernels)
-    # With the rows turned, XLA on a CPU reads kernels where they are; else it copies all of them in another order.
     turned = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
     return jnp.einsum("ear,eab->erb", turned, kernels)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_t5.layers.row_blocks import Block, cut, summed_outer
+from switch_t5.layers.row_blocks import Block, cut, summed_outer, without_the_rest
 from switch_t5.partitioning.rules import target_platform
 from switch_t5.routing.data_flow import zero_after
 from switch_t5.types import Array
@@ -60,7 +60,7 @@ def _backward(most: int | None, residuals: tuple[Array, Array, Array], dy: Array
         d_kernel = _blocked_kernel_gradient(x, dy, sizes + zero_after(dx[0, 0]).astype(sizes.dtype), most)
     else:
         dx, d_kernel = jax.vjp(lambda x, kernel: _product(x, kernel, sizes, most), x, kernel)[1](dy)
-        dx = _without_the_rest(dx, sizes)
+        dx = without_the_rest(dx, sizes)
     return dx, d_kernel, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
@@ -76,12 +76,7 @@ def _megablox(x: Array, kernel: Array, sizes: Array, *, interpret: bool = False)
     tile = min(_TILE[0], max(128, rows // kernel.shape[0] // 128 * 128)), *_TILE[1:]
     x = jnp.pad(x, ((0, -rows % tile[0]), (0, 0)))
     y = gmm(x, kernel, sizes, x.dtype, tile, interpret=interpret)[:rows]
-    return _without_the_rest(y, sizes)
-
-
-def _without_the_rest(y: Array, sizes: Array) -> Array:
-    """Zero in the rows past the sum of ``sizes``, which a TPU's kernel leaves unwritten."""
-    return jnp.where(jnp.arange(y.shape[0])[:, None] < jnp.sum(sizes), y, 0)
+    return without_the_rest(y, sizes)  # Which the kernel leaves unwritten.
 
 
 def _blocked(x: Array, kernel: Array, sizes: Array, most: int | None, *, transposed: bool = False) -> Array:

@@ -164,3 +164,8 @@ def cut(rows: int, counts: Array, most: int | None = None, skip: Array | int = 0
 def summed_outer(left: Array, right: Array) -> Array:
     """``left`` ``[rows, a]`` transposed times ``right`` ``[rows, b]``, summed in float32: ``[a, b]``."""
     return jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
+
+
+def without_the_rest(rows: Array, sizes: Array) -> Array:
+    """``[rows, columns]`` with zeros past the sum of ``sizes`` ``[expert]``."""
+    return jnp.where(jnp.arange(rows.shape[0])[:, None] < jnp.sum(sizes), rows, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 from switch_t5.layers.even_rows import even_choice, even_rows, even_share
 from switch_t5.layers.expert_loop import expert_loop
 from switch_t5.layers.row_blocks import Load
+from tests.jaxprs import equations
 
 EMBED, HIDDEN = 3, 5
 
@@ -102,6 +105,29 @@ def test_even_shares_of_many_rows_are_multiplied_otherwise_and_are_the_same(size
     results = found(Load(share=rows // 4), as_float32(arrays), jnp.asarray(sizes, jnp.int32))
     for result, expected in zip(results, in_loops(arrays, sizes), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max() + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("share", "width", "forward", "backward"),
+    [(16, 5, 0, 0), (17, 5, 1, 0), (17, 3, 0, 0), (64, 5, 1, 0), (65, 5, 1, 2), (65, 3, 0, 2)],
+)
+def test_even_rows_go_expert_by_expert_where_turning_them_takes_longer(
+    share: int, width: int, forward: int, backward: int
+) -> None:
+    x, wi, wo = (jnp.zeros(shape) for shape in ((6 * share, 3), (6, 3, width), (6, width, 3)))
+    sizes, load = jnp.full(6, share), Load(share=share)
+
+    def loops(function: Callable[..., Any], *arguments: Any) -> int:
+        """Loops over all experts that are not those over blocks."""
+        found = equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+        return sum(equation.primitive.name == "scan" and equation.params["length"] == 6 for equation in found)
+
+    def layer(x: jax.Array, wi: jax.Array, wo: jax.Array) -> jax.Array:
+        return expert_loop(lambda keep, value: jnp.tanh(value), load, x, (wi,), wo, None, sizes)
+
+    assert loops(layer, x, wi, wo) == forward
+    both = loops(lambda *arguments: jax.vjp(layer, *arguments)[1](x), x, wi, wo)
+    assert both == forward + backward
 
 
 @pytest.mark.parametrize("sizes", [[10, 10, 10, 10], [9, 7, 5, 6]], ids=str)

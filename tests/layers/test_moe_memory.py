@@ -16,7 +16,8 @@ TOKENS, EMBED, HIDDEN = 8192, 512, 2048
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [8, 64])
+@pytest.mark.usefixtures("compiled_as_users_do")
+@pytest.mark.parametrize("experts", [8, 64, 256])
 def test_a_step_holds_what_is_dispatched_and_little_more(experts: int) -> None:
     config = MoEConfig(experts, group_size=TOKENS, train_capacity_factor=1.25)
     layer = nnx.eval_shape(lambda: SwitchFeedForward(config, EMBED, HIDDEN, ("relu",), "paper", rngs=nnx.Rngs(0)))
