@@ -88,7 +88,7 @@ def _backward(hidden: Hidden, load: Load, residuals: Any, dy: Array) -> tuple[An
     even = even_choice(rows, sizes, load.share)
     blocks = cut(rows, sizes, load.most, skip=even.share)
 
-    # What no expert writes stays as it is, so zero: by either function, for XLA would copy an array made before them.
+    # What no expert writes stays as it is, so zero. Each function masks it: XLA would copy an array masked before.
     def nothing(dy: Array, x: Array, into: tuple[Array, ...], wo: Array, *_: Any) -> tuple[Array, tuple[Array, ...]]:
         return without_the_rest(dy, sizes), tuple(jnp.zeros_like(kernel) for kernel in (*into, wo))
 

@@ -76,7 +76,7 @@ def _megablox(x: Array, kernel: Array, sizes: Array, *, interpret: bool = False)
     tile = min(_TILE[0], max(128, rows // kernel.shape[0] // 128 * 128)), *_TILE[1:]
     x = jnp.pad(x, ((0, -rows % tile[0]), (0, 0)))
     y = gmm(x, kernel, sizes, x.dtype, tile, interpret=interpret)[:rows]
-    return without_the_rest(y, sizes)  # Which the kernel leaves unwritten.
+    return without_the_rest(y, sizes)  # The kernel leaves those rows unwritten.
 
 
 def _blocked(x: Array, kernel: Array, sizes: Array, most: int | None, *, transposed: bool = False) -> Array:
