@@ -74,7 +74,8 @@ def main() -> int:
         return in_process(__file__, *flags, python=python, variables=variables)
 
     def finished(row: dict[str, Any]) -> dict[str, Any]:
-        print(*(row[name] for name in NAMES), *columns(row), sep="  ", file=sys.stderr, flush=True)
+        cells = (f"{label} {cell}" for label, cell in columns(row).items())
+        print(*(row[name] for name in NAMES), *cells, sep="  ", file=sys.stderr, flush=True)
         return row
 
     rows = []
@@ -90,29 +91,29 @@ def main() -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each size, number of experts and routes, and in it each layer's seconds and ratios."""
-    layers = list(dict.fromkeys(row["dispatch"] for row in rows))
-    ours = {row["dispatch"] for row in rows if row["system"] == "switch_t5"}
-    heading = ["embed x mlp", "experts", "routes"]
-    for layer in layers:
-        heading += [f"{layer}: CPU s", *(["/ floor", "/ dense", "temporary"] if layer in ours else ["/ dense"])]
-    lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    lines: dict[tuple[Any, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
-        lines.setdefault((row["size"], row["experts"], row["routes"]), {})[row["dispatch"]] = row
-    cells = [[*map(str, key), *(cell for layer in layers for cell in columns(by[layer]))] for key, by in lines.items()]
+        lines.setdefault((row["size"], row["experts"], row["routes"]), {})[row["dispatch"]] = columns(row)
+    labels = {layer: list(cells) for by in lines.values() for layer, cells in by.items()}
+    heading = ["embed x mlp", "experts", "routes"]
+    for layer, (first, *others) in labels.items():
+        heading += [f"{layer}: {first}", *others]
+    cells = [[*map(str, key), *(cell for layer in labels for cell in by[layer].values())] for key, by in lines.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *cells))
 
 
-def columns(row: dict[str, Any]) -> list[str]:
+def columns(row: dict[str, Any]) -> dict[str, str]:
     """A layer's cells: CPU seconds, ratios of CPU and (wall) seconds, and temporary over dispatched memory."""
 
     def ratio(of: str) -> str:
         cpu, wall = (row[f"{kind}seconds"] / row[f"{of}_{kind}seconds"] for kind in ("cpu_", "wall_"))
         return f"{cpu:.2f} ({wall:.2f})"
 
+    seconds = f"{row['cpu_seconds']:.3f}"
     if row["system"] != "switch_t5":
-        return [f"{row['cpu_seconds']:.3f}", ratio("dense")]
+        return {"CPU s": seconds, "/ dense": ratio("dense")}
     memory = row["temporary_bytes"] / row["dispatched_bytes"]
-    return [f"{row['cpu_seconds']:.3f}", ratio("floor"), ratio("dense"), f"{memory:.2f}"]
+    return {"CPU s": seconds, "/ floor": ratio("floor"), "/ dense": ratio("dense"), "temporary": f"{memory:.2f}"}
 
 
 def measure(size: str, experts: int, routes: str, method: Any, *, group_size: int, repeats: int) -> dict[str, Any]:

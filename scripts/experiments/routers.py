@@ -72,6 +72,14 @@ ROUTERS: dict[str, tuple[str, ...]] = {
         "LossConfig.load_balance_loss_weight=0",
         *TWO_CHOICES,
     ),
+    "sigmoid_top_k_limited": (
+        "RouterConfig.router=sigmoid_top_k",
+        "RouterConfig.num_selected_experts=2",
+        "RouterConfig.num_expert_groups=2",
+        "RouterConfig.num_limited_groups=1",
+        "LossConfig.load_balance_loss_weight=0",
+        *TWO_CHOICES,
+    ),
 }
 """Each router as flags of gin, over the quickstart's ``top_k`` with one choice. Tests read it too."""
 

@@ -35,7 +35,7 @@ from switch_t5.layers.moe import SwitchFeedForward, layer_keys
 from switch_t5.layers.moe_config import MoEConfig
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
 from switch_t5.partitioning.rules import named_sharding, partitioned
-from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
+from switch_t5.routing.dispatch import DispatchMethod
 from switch_t5.routing.router import RouterConfig
 
 BATCH, LENGTH, FEATURES, HIDDEN, EXPERTS = 4, 10, 4, 2, 12
@@ -82,7 +82,7 @@ class Cell:
 
 
 FORMS_MESHES = ("1 device", "2 x 2 x 2")
-"""Where the layer's other forms are tried; they do not touch how a mesh is used."""
+"""Where the layer's other forms are tried: what the others divide, the last divides too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +130,10 @@ def cells(device_count: int) -> Iterator[Cell]:
             if name != PLAIN and mesh not in FORMS_MESHES:
                 continue
             for router in ROUTERS if layer.router is None else [layer.router]:
-                for dispatch in dispatches(router):
+                for dispatch in layer.dispatches(ROUTERS[router]):
                     for dtype in BOUNDS:
                         if dtype == "float32" or layer.in_bfloat16:
                             yield Cell(router, dispatch, dtype, mesh, name)
-
-
-def dispatches(router: str) -> tuple[DispatchMethod, ...]:
-    """The methods that a router can do with."""
-    return tuple(DISPATCHERS) if ROUTERS[router].config.needs_capacity else (*DISPATCHERS, "dropless")
 
 
 def check(cell: Cell) -> Result:

@@ -10,9 +10,10 @@ import numpy as np
 
 from switch_t5.conformance import oracle
 from switch_t5.conformance.routers import Router
-from switch_t5.layers.moe_config import MoEConfig, Padding
+from switch_t5.layers.moe_config import Exchange, MoEConfig, Padding
 from switch_t5.routing.assignment import Assignment, Choices
 from switch_t5.routing.balance import BalanceScope
+from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod
 from switch_t5.routing.router import Exploration
 
 NOISE_STD = 0.5
@@ -56,6 +57,7 @@ class Layer:
       train: False for evaluation, whose capacity is another.
       scope: of the load-balance loss.
       sequences: that a group's tokens are of.
+      exchange: of slots between devices.
       in_bfloat16: whether it is tried in bfloat16 too; not where all that it changes is the router's float32.
       router: the name of the only router that the form is tried with; None for every one.
     """
@@ -69,6 +71,7 @@ class Layer:
     train: bool = True
     scope: BalanceScope = "group"
     sequences: int = 1
+    exchange: Exchange = "constraints"
     in_bfloat16: bool = True
     router: str | None = "top_2"
 
@@ -85,7 +88,13 @@ class Layer:
             num_shared_experts=self.num_shared_experts,
             jitter_noise=self.jitter_noise,
             balance_scope=self.scope,
+            exchange=self.exchange,
         )
+
+    def dispatches(self, router: Router) -> tuple[DispatchMethod, ...]:
+        """The methods that the form and a router can do with."""
+        has_slots = router.config.needs_capacity or self.exchange == "all_to_all"
+        return tuple(DISPATCHERS) if has_slots else (*DISPATCHERS, "dropless")
 
     @property
     def into(self) -> tuple[str, ...]:
@@ -95,6 +104,7 @@ class Layer:
 
 PLAIN = "plain"
 SEVERAL = "two sequences a group, balance over the batch"
+EXPLICIT = "an explicit all-to-all"
 LAYERS: dict[str, Layer] = {
     PLAIN: Layer(router=None),
     "gated": Layer(activations=("gelu", "linear")),
@@ -130,6 +140,7 @@ LAYERS: dict[str, Layer] = {
     "even loads": Layer(padding="routed", router="sinkhorn"),
     "padding zeroed": Layer(padding="zeroed"),
     "evaluation": Layer(train=False, router="sinkhorn", in_bfloat16=False),
+    EXPLICIT: Layer(exchange="all_to_all"),
     SEVERAL: Layer(scope="batch", sequences=2, in_bfloat16=False),
 }
 

@@ -12,6 +12,7 @@ from switch_t5.routing.dispatch import DispatchMethod
 from switch_t5.routing.router import RouterConfig
 
 Padding = Literal["ignored", "counted", "zeroed", "routed"]
+Exchange = Literal["constraints", "all_to_all"]
 
 _MOST_EXPERTS = 2**16
 """More than any model has (Switch-C: 2048); indices of slots stay far from the end of int32."""
@@ -67,7 +68,7 @@ class MoEConfig:
     balance_scope: BalanceScope = "group"
     num_shared_experts: int = 0
     expert_dropout_rate: float = 0.0
-    exchange: Literal["constraints", "all_to_all"] = "constraints"
+    exchange: Exchange = "constraints"
     dispatch: DispatchMethod = "gather"
 
     def __post_init__(self) -> None:

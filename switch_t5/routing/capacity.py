@@ -30,8 +30,8 @@ def group_shape(batch: int, length: int, group_size: GroupSize, sequences: int) 
     A group is a number of whole sequences, or, where one alone exceeds ``group_size``, an equal part of a
     sequence: the largest divisor of ``length`` that does not. ``sequence`` makes a group of each. So it depends
     on lengths and configuration, never on the mesh or on how a batch is split into microbatches. Only a batch
-    that is smaller than a group, as in inference, is one group whatever its size. A run whose parts would be much
-    smaller than it asks for is refused before it starts (:mod:`switch_t5.cli.build`).
+    that is smaller than a group, as in inference, is one group whatever its size. A run whose parts would be less
+    than half of what it asks for is refused before it starts (:mod:`switch_t5.cli.build`).
 
     Args:
       batch: sequences.

@@ -12,7 +12,7 @@ import pytest
 
 from switch_t5.conformance import cells
 from switch_t5.conformance.cells import ROUTERS, Cell, Result, check, expected_values
-from switch_t5.conformance.layers import LAYERS, SEVERAL
+from switch_t5.conformance.layers import EXPLICIT, LAYERS, SEVERAL
 from switch_t5.layers import even_rows, expert_loop, moe, moe_config
 from switch_t5.routing import assignment, balance, choice, dispatch, router
 from tests.routing.routers import expected_routes, found_routes
@@ -24,6 +24,7 @@ DEFAULT = [
     Cell("top_2", "dropless"),
     Cell("sinkhorn", "dropless", layer="even loads"),
     Cell("top_3_renormalized", "dropless", mesh="2 x 2 x 2"),
+    Cell("top_2", mesh="2 x 2 x 2", layer=EXPLICIT),
     *(Cell(name, dtype="bfloat16") for name in ("switch", "top_2")),
     *(Cell(layer.router, layer=name) for name, layer in LAYERS.items() if layer.router),
 ]
@@ -52,7 +53,11 @@ def test_the_layer_agrees_with_the_oracle_in_every_other_cell(cell: Cell) -> Non
 def test_every_combination_is_a_cell_and_fewer_devices_have_fewer() -> None:
     with_capacity_alone = sum(bool(router.config.needs_capacity) for router in ROUTERS.values())
     combinations = (3 * len(ROUTERS) - with_capacity_alone) * len(cells.BOUNDS)
-    of_other_forms = sum(3 * (2 if layer.in_bfloat16 else 1) for name, layer in LAYERS.items() if name != cells.PLAIN)
+    of_other_forms = sum(
+        (2 if name == EXPLICIT else 3) * (2 if layer.in_bfloat16 else 1)
+        for name, layer in LAYERS.items()
+        if name != cells.PLAIN
+    )
     assert len({*DEFAULT, *SLOW}) == combinations * len(cells.MESHES) + of_other_forms * len(cells.FORMS_MESHES)
     assert len(list(cells.cells(1))) == combinations + of_other_forms
 
@@ -103,7 +108,7 @@ no_token_left_behind, expert_choice = choice.no_token_left_behind, choice.expert
 assign_slots, load_balance_loss = choice.assign_slots, balance.load_balance_loss
 gshard_top_2, hashed, sum_shards = choice.gshard_top_2, choice.hashed, moe.sum_shards
 route_without_logits, einsum_dispatch = moe.route_without_logits, dispatch.Einsum.dispatch
-layer_call = moe.SparseLayer.__call__
+layer_call, exchange_shards = moe.SparseLayer.__call__, moe.exchange_shards
 
 
 def inclusive_counts(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -251,6 +256,10 @@ def one_devices_part(x: jax.Array, *, scatter: str, over: str) -> jax.Array:
     return sum_shards(x, scatter=scatter, over="embed")
 
 
+def sent_to_the_next_device(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
+    return exchange_shards(jnp.roll(x, x.shape[split] // 2, axis=split), axis, split=split, join=join)
+
+
 def masks_of_the_next_token(method: Any, x: jax.Array, assigned: Any) -> jax.Array:
     return einsum_dispatch(method, jnp.roll(x, 1, axis=1), assigned)
 
@@ -299,6 +308,7 @@ EVEN, SHARED = Cell("sinkhorn", "dropless", layer="even loads"), Cell("top_2", l
 NOISY, LIMITED = Cell("top_2", layer="gaussian noise"), Cell("sigmoid_limited")
 ASKED, DRAWN = Cell("gshard_top_2", layer="second choice drawn"), Cell("random", layer="experts drawn")
 EINSUM, ZEROED = Cell("top_2", "einsum"), Cell("top_2", layer="padding zeroed")
+EXCHANGED = Cell("top_2", mesh="2 x 2 x 2", layer=EXPLICIT)
 GROUPED, EVALUATED = Cell("top_2", layer=SEVERAL), Cell("sinkhorn", layer="evaluation")
 
 WRONG = [
@@ -315,6 +325,7 @@ WRONG = [
     Wrong("masks without weights", EINSUM, dispatch, "_masks", every_slot_by_weight_one, OUTPUT),
     Wrong("rows of the token before", MESHED, dispatch, "_rows", the_token_before, OUTPUT),
     Wrong("slots held by the next token", MESHED, assignment, "_holders", holders_one_too_far, OUTPUT),
+    Wrong("slots sent to the next device", EXCHANGED, moe, "exchange_shards", sent_to_the_next_device, OUTPUT),
     Wrong("an expert's last row left out", DROPLESS, expert_loop, "cut", blocks_one_row_short, OUTPUT),
     Wrong("the first even rows left out", EVEN, even_rows, "even_rows", first_of_even_rows_left_out, OUTPUT),
     Wrong("slots given again in another round", NO_TOKEN, choice, "_look_up", earlier_rounds_forgotten, SENT),

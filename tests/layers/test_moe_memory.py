@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +12,23 @@ from flax import nnx
 
 from switch_t5.layers.moe import SwitchFeedForward
 from switch_t5.layers.moe_config import MoEConfig
+from switch_t5.routing.dispatch import DispatchMethod
+from tests.jaxprs import looked_at
 
 TOKENS, EMBED, HIDDEN = 8192, 512, 2048
+
+
+def scalar(config: MoEConfig, tokens: int, embed: int, hidden: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """A loss of the layer, and the shapes of the parameters and the tokens ``[1, tokens, embed]`` that it is of."""
+    layer = nnx.eval_shape(lambda: SwitchFeedForward(config, embed, hidden, ("relu",), "paper", rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(layer)
+    mask, ids = jnp.ones((1, tokens), bool), jnp.ones((1, tokens), jnp.int32)
+
+    def loss(params: Any, x: Any) -> Any:
+        y, stats = nnx.merge(graph, params)(x, mask, tokens=ids, sequences=1, train=True, rng=None)
+        return jnp.sum(y) + stats.load_balance_loss
+
+    return loss, params, jax.ShapeDtypeStruct((1, tokens, embed), jnp.float32)
 
 
 @pytest.mark.slow
@@ -20,16 +36,23 @@ TOKENS, EMBED, HIDDEN = 8192, 512, 2048
 @pytest.mark.parametrize("experts", [8, 64, 256])
 def test_a_step_holds_what_is_dispatched_and_little_more(experts: int) -> None:
     config = MoEConfig(experts, group_size=TOKENS, train_capacity_factor=1.25)
-    layer = nnx.eval_shape(lambda: SwitchFeedForward(config, EMBED, HIDDEN, ("relu",), "paper", rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(layer)
-    x = jax.ShapeDtypeStruct((1, TOKENS, EMBED), jnp.float32)
-    mask, ids = jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
-
-    def loss(params: Any, x: Any) -> Any:
-        y, stats = nnx.merge(graph, params)(x, mask, tokens=ids, sequences=1, train=True, rng=None)
-        return jnp.sum(y) + stats.load_balance_loss
-
-    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile().memory_analysis()
+    loss, *arguments = scalar(config, TOKENS, EMBED, HIDDEN)
+    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().memory_analysis()
     assert memory is not None
     dispatched = 4 * experts * config.capacity(TOKENS, train=True) * (EMBED + HIDDEN + EMBED)
     assert memory.temp_size_in_bytes < 1.5 * dispatched
+
+
+@pytest.mark.parametrize("leaves_out_empty_slots", [True, False])
+@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+def test_no_array_of_a_step_is_as_large_as_tokens_by_experts_by_capacity(
+    dispatch: DispatchMethod, leaves_out_empty_slots: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def largest(dispatch: DispatchMethod) -> int:
+        return looked_at(*scalar(MoEConfig(8, group_size=128, dispatch=dispatch), tokens=128, embed=8, hidden=16))[1]
+
+    masks = 128 * 8 * MoEConfig(8).capacity(128, train=True)
+    assert largest("einsum") >= masks
+    # As on several devices, or on an accelerator.
+    monkeypatch.setattr(SwitchFeedForward, "_leaves_out_empty_slots", lambda layer: leaves_out_empty_slots)
+    assert largest(dispatch) < masks

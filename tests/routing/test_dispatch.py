@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from switch_t5.routing.assignment import Assignment, sort_by_expert
 from switch_t5.routing.choice import top_k
 from switch_t5.routing.dispatch import DISPATCHERS, DispatchMethod, combine_rows, dispatch_rows
 from switch_t5.types import Array
-from tests.jaxprs import equations
+from tests.jaxprs import looked_at
 from tests.routing.routers import decide
 
 GROUPS, TOKENS, EXPERTS, CAPACITY, FEATURES = 2, 24, 5, 4, 3
@@ -127,14 +126,6 @@ def test_dispatch_keeps_bfloat16() -> None:
         dispatched = dispatcher.dispatch(x, assignment)
         assert dispatched.dtype == jnp.bfloat16
         assert dispatcher.combine(dispatched, assignment).dtype == jnp.bfloat16
-
-
-def looked_at(loss: Callable[..., Array], *arguments: Array) -> tuple[set[str], int]:
-    """The primitives of a gradient's forward and backward pass, and the entries of its largest array."""
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
-    found = list(equations(jaxpr.jaxpr))
-    sizes = [getattr(variable.aval, "size", 0) for equation in found for variable in equation.outvars]
-    return {equation.primitive.name for equation in found}, max(sizes)
 
 
 def traced(method: DispatchMethod) -> tuple[set[str], int]:
