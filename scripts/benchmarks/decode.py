@@ -4,10 +4,11 @@
     python scripts/benchmarks/decode.py --experts=0,8 --batches=8 --beams=1 --peers --peer_python=/path/to/python
 
 The model is that of ``train_step.py``, an input has 512 tokens, an output 64, and none ends before. Each row runs in a
-process of its own, which times in turn: the whole (encoder and all steps), the same with one token, the encoder alone,
-and the floor's products. A step is the difference of the first two over 63.
+process of its own, which times in turn: the whole (encoder and all steps), the same with one token, the encoder with
+the decoder's keys and values of its output, which are made once for an input, and the floor's products. A step is the
+difference of the first two over 63.
 
-The floor is the encoder's matrix multiplications, and for each step the larger of two: the step's own matrix
+The floor is that encoder's matrix multiplications, and for each step the larger of two: the step's own matrix
 multiplications, on arrays of the same shapes; and one read of the weights that a step needs at the bandwidth with
 which this machine reads a matrix of a gigabyte for one row. Of the experts a step needs as many as it has tokens, at
 the most.
@@ -123,6 +124,7 @@ def measure(experts: int, batch: int, beams: int, *, repeats: int) -> dict[str, 
     from switch_t5.inference.decoding import decode
     from switch_t5.inference.independence import independent
     from switch_t5.model.functional import Model
+    from switch_t5.model.incremental import new_cache
 
     model = Model(independent(reference_config(experts)))
     params = jax.jit(model.init)(jax.random.key(0))
@@ -134,8 +136,13 @@ def measure(experts: int, batch: int, beams: int, *, repeats: int) -> dict[str, 
         program = functools.partial(decode, model, config=config, max_length=max_length, eos_id=NEVER)
         return jax.jit(program).lower(params, tokens, numbers).compile()
 
+    def encoding(params: Any, tokens: Any) -> Any:
+        module = model.bind(params)
+        cache = new_cache(module, module.encode(tokens)[0], tokens, beams, 1)
+        return [(block.cross_key, block.cross_value) for block in cache.blocks]
+
     whole, first = decoding(NEW_TOKENS), decoding(1)
-    encoder = jax.jit(lambda params, tokens: model.bind(params).encode(tokens)[0]).lower(params, tokens).compile()
+    encoder = jax.jit(encoding).lower(params, tokens).compile()
     encoder_floor, step_floor = (_program(rows) for rows in _products(experts, batch, beams))
     read, bytes_read = _read()
     seconds = times(
