@@ -67,10 +67,11 @@ def decode(
     """
     module = model.bind(params)
     encoded = _encoded(module, encoder_tokens)
-    hypotheses = config.num_beams if config.num_beams > 1 else config.num_return_sequences
-    cache = new_cache(module, encoded, encoder_tokens, hypotheses, max_length)
+    beams = config.num_beams > 1
+    hypotheses = config.num_beams if beams else config.num_return_sequences
+    cache = new_cache(module, encoded, encoder_tokens, hypotheses, max_length, beams=beams)
     silent = jnp.all(encoder_tokens == 0, axis=-1)
-    if config.num_beams > 1:
+    if beams:
         decoded = _beam_search(module, cache, silent, config.num_beams, config.length_penalty, max_length, eos_id)
         return Decoded(*(value[:, : config.num_return_sequences] for value in decoded))
     ended = jnp.broadcast_to(silent[:, None], (silent.shape[0], hypotheses))

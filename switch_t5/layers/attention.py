@@ -178,7 +178,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array, positions: Array
       mask: ``[batch, 1, query length, key length]`` float32; one query's may stand for all, and where there is one
         query one sequence's for all. It has no derivative.
       positions: ``[shards, heads, query length, key length]`` float32, a copy for each of so many equal parts of the
-        batch; or None.
+        batch; or None. One query's may stand for all where no derivative is taken.
 
     Returns:
       ``[batch, heads, query length, kv]``.

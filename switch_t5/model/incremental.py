@@ -2,7 +2,8 @@
 
 Several hypotheses of one input (beams, samples) decode side by side: activations are ``[batch, hypotheses, embed]``.
 They read the same input, so that its keys and values stand in the cache once, and cross-attention takes hypotheses as
-it takes query positions; only self-attention has a past for each.
+it takes query positions; only self-attention has a past for each. Beams go on from one another, and theirs are never
+moved: all beams of an input look at all that any of them said, and a mask leaves each its own ancestors.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class BlockCache:
     """What one block remembers; of scanned blocks, with a leading axis over repetitions.
 
     Attributes:
-      key: ``[batch x hypotheses, heads, max length, kv]``, of the tokens so far; zero past them. Of the shape that
-        products take: XLA:CPU would write any other twice, once as the loop carries it and once as they want it.
+      key: ``[batch x hypotheses, heads, max length, kv]``, of the tokens so far; zero past them. Of beams
+        ``[batch, heads, max length x hypotheses, kv]``. Of the shape that products take: XLA:CPU would write any other
+        twice, once as the loop carries it and once as they want it.
       value: the same.
       cross_key: ``[batch, heads, encoder length, kv]``, of the input.
       cross_value: the same.
@@ -49,7 +51,7 @@ class BlockCache:
     cross_value: Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["blocks", "cross_mask", "positions"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks", "cross_mask", "positions", "origins"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
     """What the decoder remembers of an input and of what it has said.
@@ -59,15 +61,18 @@ class DecoderCache:
       cross_mask: ``[batch, 1, 1, encoder length]`` float32, what cross-attention must not see.
       positions: ``[1, heads, max length, max length]`` float32, the relative position bias; None where each block has
         its own.
+      origins: ``[batch, hypotheses, max length]`` int32, of beams: which of them said a hypothesis's token; None where
+        each has said its own.
     """
 
     blocks: tuple[BlockCache, ...]
     cross_mask: Array
     positions: Array | None
+    origins: Array | None
 
 
 def new_cache(
-    module: SwitchTransformer, encoded: Array, encoder_tokens: Array, hypotheses: int, max_length: int
+    module: SwitchTransformer, encoded: Array, encoder_tokens: Array, hypotheses: int, max_length: int, *, beams: bool
 ) -> DecoderCache:
     """The cache before the first token.
 
@@ -77,13 +82,15 @@ def new_cache(
       encoder_tokens: ``[batch, encoder length]`` int32; 0 is padding.
       hypotheses: of each input.
       max_length: tokens to decode at the most.
+      beams: whether they go on from one another, see :func:`reorder`.
     """
     config, batch = module.config, encoder_tokens.shape[0]
+    rows, length = (batch, max_length * hypotheses) if beams else (batch * hypotheses, max_length)
 
     def start(block: Block, x: None, cache: None) -> tuple[None, BlockCache]:
         del cache
-        shape = (batch * hypotheses, config.num_heads, max_length, config.head_dim)
-        past = constrain(jnp.zeros(shape, config.activation_dtype), HEADS_AXES)
+        past = jnp.zeros((rows, config.num_heads, length, config.head_dim), config.activation_dtype)
+        past = constrain(past, HEADS_AXES)
         attention = block.cross_attention
         return x, BlockCache(past, past, into_heads(encoded, attention.key), into_heads(encoded, attention.value))
 
@@ -92,7 +99,8 @@ def new_cache(
     real = encoder_tokens > 0
     cross_mask = mask_bias(jnp.ones((batch, 1), bool), real)
     positions = None if config.relpos_per_layer else _positions(module.decoder, max_length)
-    return DecoderCache(blocks, cross_mask, positions)
+    origins = jnp.zeros((batch, hypotheses, max_length), jnp.int32) if beams else None
+    return DecoderCache(blocks, cross_mask, positions, origins)
 
 
 def decode_token(
@@ -112,10 +120,14 @@ def decode_token(
     """
     # Every hypothesis is a token of its input's group, none of which competes with another: see `independent`.
     inputs = BlockInputs(tokens, real, cache.cross_mask, None, None, None, 1, False)
+    beams = 1 if cache.origins is None else tokens.shape[1]
+    origins = None if cache.origins is None else cache.origins.at[:, :, position].set(jnp.arange(beams))
 
     def step(block: Block, x: Array, memory: BlockCache) -> tuple[Array, BlockCache]:
-        positions = _positions(block, memory.key.shape[-2]) if cache.positions is None else cache.positions
-        attending = _SelfAttention(memory, jax.lax.dynamic_slice_in_dim(positions, position, 1, axis=2), position)
+        length = memory.key.shape[2] // beams
+        positions = _positions(block, length) if cache.positions is None else cache.positions
+        positions = jax.lax.dynamic_slice_in_dim(positions, position, 1, axis=2)
+        attending = _SelfAttention(memory, _seen(origins, position, length), jnp.repeat(positions, beams, -1), position)
         y, _ = block.attend_to_self(block.self_attention_norm(x), inputs, None, attending)
         x = constrain(x + y, RESIDUAL_AXES)
         attention = block.cross_attention
@@ -127,7 +139,7 @@ def decode_token(
 
     x = module.embedding(tokens, module.config.activation_dtype)
     x, blocks = _through(module.decoder.stack, step, constrain(x, RESIDUAL_AXES), cache.blocks)
-    return module.before_logits(module.decoder.norm(x)), dataclasses.replace(cache, blocks=blocks)
+    return module.before_logits(module.decoder.norm(x)), dataclasses.replace(cache, blocks=blocks, origins=origins)
 
 
 def next_logits(hidden: Array, output_kernel: Array) -> Array:
@@ -145,38 +157,52 @@ def _positions(owner: Any, max_length: int) -> Array:
 
 
 def reorder(cache: DecoderCache, parents: Array) -> DecoderCache:
-    """The cache of hypotheses that go on from others of their input: ``parents`` is ``[batch, hypotheses]`` int32."""
+    """The cache of beams that go on from others of their input: ``parents`` is ``[batch, hypotheses]`` int32."""
+    assert cache.origins is not None
+    return dataclasses.replace(cache, origins=jnp.take_along_axis(cache.origins, parents[..., None], axis=1))
 
-    def pick(past: Array) -> Array:
-        def of_layer(past: Array) -> Array:
-            of_inputs = past.reshape(*parents.shape, *past.shape[1:])
-            picked = jax.vmap(lambda rows, parents: rows[parents])(of_inputs, parents)
-            return constrain(picked.reshape(past.shape), HEADS_AXES)
 
-        return of_layer(past) if past.ndim == len(HEADS_AXES) else jax.lax.map(of_layer, past)
+def _seen(origins: Array | None, position: Array, length: int) -> Array:
+    """What is added to the logits of self-attention so that a hypothesis sees what it said, this position included.
 
-    blocks = tuple(dataclasses.replace(block, key=pick(block.key), value=pick(block.value)) for block in cache.blocks)
-    return dataclasses.replace(cache, blocks=blocks)
+    Args:
+      origins: as the cache has them.
+      position: int32 scalar.
+      length: positions of the past.
+
+    Returns:
+      ``[1, 1, 1, length]`` float32, or of beams ``[batch, 1, hypotheses, length x hypotheses]``.
+    """
+    said = jnp.arange(length) <= position
+    if origins is not None:
+        said = said[:, None] & (origins[..., None] == jnp.arange(origins.shape[1]))
+        said = said.reshape(*origins.shape[:2], -1)
+    seen = jnp.where(said, 0.0, MASKED)
+    return seen[:, None] if origins is not None else seen[None, None, None]
 
 
 class _SelfAttention:
-    """Writes one position's key and value into a block's past and attends to all of it."""
+    """Writes one position's key and value into a block's past and attends to what is seen of it."""
 
-    def __init__(self, memory: BlockCache, positions: Array, position: Array) -> None:
-        self.memory, self._positions, self._position = memory, positions, position
+    def __init__(self, memory: BlockCache, seen: Array, positions: Array, position: Array) -> None:
+        self.memory, self._seen, self._positions, self._position = memory, seen, positions, position
 
     def __call__(self, query: Array, key: Array, value: Array, *unused: Any, **also_unused: Any) -> Array:
         """``[batch, heads, hypotheses, kv]`` each, at one position, to the same."""
         del unused, also_unused
+        batch, heads, hypotheses, kv = query.shape
+        if len(self.memory.key) > batch:
+            query, key, value = (_by_hypothesis(x) for x in (query, key, value))
         key, value = (self._written(*pair) for pair in ((self.memory.key, key), (self.memory.value, value)))
         self.memory = dataclasses.replace(self.memory, key=key, value=value)
-        seen = jnp.where(jnp.arange(key.shape[2]) <= self._position, 0.0, MASKED)[None, None, None]
-        context = attend(_by_hypothesis(query), key, value, seen, self._positions)
-        return jnp.swapaxes(context.reshape(query.shape[0], query.shape[2], query.shape[1], -1), 1, 2)
+        context = attend(query, key, value, self._seen, self._positions)
+        if len(context) > batch:
+            context = jnp.swapaxes(context.reshape(batch, hypotheses, heads, kv), 1, 2)
+        return context
 
     def _written(self, past: Array, new: Array) -> Array:
-        new = _by_hypothesis(new).astype(past.dtype)
-        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new, self._position, axis=2), HEADS_AXES)
+        place = self._position * new.shape[2]
+        return constrain(jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), place, axis=2), HEADS_AXES)
 
 
 def _by_hypothesis(x: Array) -> Array:

@@ -191,7 +191,7 @@ def test_inputs_encoded_some_at_a_time_are_encoded_as_together(kind: str, monkey
     np.testing.assert_allclose(encoded, together, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "num_return_sequences": 2}, {"num_beams": 3}], ids=str)
 def test_a_step_copies_no_cache(how: dict[str, float]) -> None:
     config = model_and_params("dense")[0].config
     length = 96  # So that no other array has the cache's shape.
@@ -199,7 +199,7 @@ def test_a_step_copies_no_cache(how: dict[str, float]) -> None:
     program = jax.jit(decodes).lower(INPUTS, jnp.arange(len(INPUTS))).compile().as_text()
     assert program is not None
     rows = len(INPUTS) * int(how.get("num_return_sequences", 1))
-    cache = rf"f32\[{rows},{config.num_heads},{length},{config.head_dim}\]"
+    cache = rf"f32\[{rows},{config.num_heads},{length * int(how.get('num_beams', 1))},{config.head_dim}\]"
     bodies = tuple(f"%{name} " for name in re.findall(r"while\(.*body=%?([\w.\-]+)", program))
     parts = (part for part in program.split("\n\n") if part.startswith(bodies))
     (step,) = (part for part in parts if re.search(cache, part))
