@@ -4,14 +4,13 @@
     python scripts/benchmarks/decode.py --experts=0,8 --batches=8 --beams=1 --peers --peer_python=/path/to/python
 
 The model is that of ``train_step.py``, an input has 512 tokens, an output 64, and none ends before. Each row runs in a
-process of its own, which times in turn: the whole (encoder and all steps), the same with one token, the encoder with
-the decoder's keys and values of its output, which are made once for an input, and the floor's products. A step is the
-difference of the first two over 63.
+process of its own, which times the whole (encoder and all steps), the same with one token, the encoder with the
+decoder's keys and values of its output, which are made once for an input, and the floor's products, again and again. A
+step is the difference of the first two over 63.
 
-The floor is that encoder's matrix multiplications, and for each step the larger of two: the step's own matrix
-multiplications, on arrays of the same shapes; and one read of the weights that a step needs at the bandwidth with
-which this machine reads a matrix of a gigabyte for one row. Of the experts a step needs as many as it has tokens, at
-the most.
+The floor is the encoder's and those keys' and values' products, and for each step the larger of two: the step's own
+products, on arrays of the same shapes; and one read of the weights that a step needs at the bandwidth with which this
+machine reads a matrix of a gigabyte for one row. Of the experts a step needs as many as it has tokens, at the most.
 
 Memory is what XLA plans for the program, arguments and results included, over weights and cache.
 

@@ -82,7 +82,7 @@ class Cell:
 
 
 FORMS_MESHES = ("1 device", "2 x 2 x 2")
-"""Where the layer's other forms are tried: what the others divide, the last divides too."""
+"""Where the layer's other forms are tried: the second divides all that any mesh does."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Several hypotheses of one input (beams, samples) decode side by side: activations are ``[batch, hypotheses, embed]``.
 They read the same input, so that its keys and values stand in the cache once, and cross-attention takes hypotheses as
-it takes query positions; only self-attention has a past for each. Beams go on from one another, and theirs are never
-moved: all beams of an input look at all that any of them said, and a mask leaves each its own ancestors.
+it takes query positions. In self-attention a sample has a past of its own. Beams go on from one another, and share
+one that is never moved: all beams of an input look at all that any of them said, and a mask leaves each its ancestors.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class DecoderCache:
       cross_mask: ``[batch, 1, 1, encoder length]`` float32, what cross-attention must not see.
       positions: ``[1, heads, max length, max length]`` float32, the relative position bias; None where each block has
         its own.
-      origins: ``[batch, hypotheses, max length]`` int32, of beams: which of them said a hypothesis's token; None where
-        each has said its own.
+      origins: ``[batch, hypotheses, max length]`` int32, of beams: in whose place the key and value of a hypothesis's
+        token lie, for each position so far; None where each has its own past.
     """
 
     blocks: tuple[BlockCache, ...]
@@ -123,11 +123,13 @@ def decode_token(
     beams = 1 if cache.origins is None else tokens.shape[1]
     origins = None if cache.origins is None else cache.origins.at[:, :, position].set(jnp.arange(beams))
 
+    max_length = cache.blocks[0].key.shape[-2] // beams
+    seen = _seen(origins, position, max_length)
+
     def step(block: Block, x: Array, memory: BlockCache) -> tuple[Array, BlockCache]:
-        length = memory.key.shape[2] // beams
-        positions = _positions(block, length) if cache.positions is None else cache.positions
+        positions = _positions(block, max_length) if cache.positions is None else cache.positions
         positions = jax.lax.dynamic_slice_in_dim(positions, position, 1, axis=2)
-        attending = _SelfAttention(memory, _seen(origins, position, length), jnp.repeat(positions, beams, -1), position)
+        attending = _SelfAttention(memory, seen, jnp.repeat(positions, beams, axis=-1), position)
         y, _ = block.attend_to_self(block.self_attention_norm(x), inputs, None, attending)
         x = constrain(x + y, RESIDUAL_AXES)
         attention = block.cross_attention
@@ -157,23 +159,23 @@ def _positions(owner: Any, max_length: int) -> Array:
 
 
 def reorder(cache: DecoderCache, parents: Array) -> DecoderCache:
-    """The cache of beams that go on from others of their input: ``parents`` is ``[batch, hypotheses]`` int32."""
+    """The cache of beams that go on from ``parents`` ``[batch, hypotheses]`` int32: only ``origins`` change."""
     assert cache.origins is not None
     return dataclasses.replace(cache, origins=jnp.take_along_axis(cache.origins, parents[..., None], axis=1))
 
 
-def _seen(origins: Array | None, position: Array, length: int) -> Array:
+def _seen(origins: Array | None, position: Array, max_length: int) -> Array:
     """What is added to the logits of self-attention so that a hypothesis sees what it said, this position included.
 
     Args:
       origins: as the cache has them.
       position: int32 scalar.
-      length: positions of the past.
+      max_length: positions of the past.
 
     Returns:
-      ``[1, 1, 1, length]`` float32, or of beams ``[batch, 1, hypotheses, length x hypotheses]``.
+      ``[1, 1, 1, max length]`` float32, or of beams ``[batch, 1, hypotheses, max length x hypotheses]``.
     """
-    said = jnp.arange(length) <= position
+    said = jnp.arange(max_length) <= position
     if origins is not None:
         said = said[:, None] & (origins[..., None] == jnp.arange(origins.shape[1]))
         said = said.reshape(*origins.shape[:2], -1)
@@ -191,12 +193,13 @@ class _SelfAttention:
         """``[batch, heads, hypotheses, kv]`` each, at one position, to the same."""
         del unused, also_unused
         batch, heads, hypotheses, kv = query.shape
-        if len(self.memory.key) > batch:
+        apart = len(self.memory.key) > batch
+        if apart:
             query, key, value = (_by_hypothesis(x) for x in (query, key, value))
         key, value = (self._written(*pair) for pair in ((self.memory.key, key), (self.memory.value, value)))
         self.memory = dataclasses.replace(self.memory, key=key, value=value)
         context = attend(query, key, value, self._seen, self._positions)
-        if len(context) > batch:
+        if apart:
             context = jnp.swapaxes(context.reshape(batch, hypotheses, heads, kv), 1, 2)
         return context
 

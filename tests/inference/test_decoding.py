@@ -57,6 +57,7 @@ CONFIGS = {
     "attention": ATTENTION,
     "no_token_left_behind": dataclasses.replace(SPARSE, moe=NO_TOKEN),
     "random": dataclasses.replace(SPARSE, moe=RANDOM),
+    "positions": dataclasses.replace(DEEP, relpos_per_layer=True),
 }
 INPUTS = jnp.asarray([[5, 9, 2, 1, 0], [3, 1, 0, 0, 0], [7, 7, 8, 9, 1], [4, 11, 10, 6, 1], [2, 1, 0, 0, 0]], jnp.int32)
 
@@ -155,11 +156,23 @@ def test_what_is_said_to_an_input_depends_on_no_other(kind: str, how: dict[str, 
             np.testing.assert_allclose(alone[index][0], together[index][row], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["scanned", "positions"])
+def test_what_beams_say_has_the_probability_of_full_forward_passes(kind: str) -> None:
+    result = run(kind, num_beams=3, num_return_sequences=3)
+    for row, beams, log_probs in zip(INPUTS, result.tokens, result.log_probs, strict=True):
+        for tokens, log_prob in zip(beams.tolist(), log_probs, strict=True):
+            said = tuple(tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens)
+            steps = (log_probs_after(kind, row, said[:place])[token] for place, token in enumerate(said))
+            assert log_prob == pytest.approx(sum(steps), abs=1e-4)
+
+
 @pytest.mark.multidevice
-def test_devices_decode_together_what_one_does() -> None:
-    one = run("dense", INPUTS[:4])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"temperature": 1.0, "num_return_sequences": 2}], ids=str)
+def test_devices_decode_together_what_one_does(how: dict[str, float]) -> None:
+    one = run("dense", INPUTS[:4], **how)
     model, params = model_and_params("dense")
-    decode_on = functools.partial(decode, model, config=DecodingConfig(), max_length=LENGTH, eos_id=EOS)
+    config = DecodingConfig(**how)  # pyright: ignore
+    decode_on = functools.partial(decode, model, config=config, max_length=LENGTH, eos_id=EOS)
     with partitioned(make_mesh(MeshConfig(num_devices=4, num_model_partitions=2))):
         several = jax.jit(decode_on)(params, INPUTS[:4], jnp.arange(4))
     np.testing.assert_array_equal(several.tokens, one.tokens)

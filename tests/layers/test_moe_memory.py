@@ -43,16 +43,15 @@ def test_a_step_holds_what_is_dispatched_and_little_more(experts: int) -> None:
     assert memory.temp_size_in_bytes < 1.5 * dispatched
 
 
-@pytest.mark.parametrize("leaves_out_empty_slots", [True, False])
-@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+@pytest.mark.parametrize(("dispatch", "on_one_cpu"), [("gather", True), ("gather", False), ("dropless", True)])
 def test_no_array_of_a_step_is_as_large_as_tokens_by_experts_by_capacity(
-    dispatch: DispatchMethod, leaves_out_empty_slots: bool, monkeypatch: pytest.MonkeyPatch
+    dispatch: DispatchMethod, on_one_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def largest(dispatch: DispatchMethod) -> int:
         return looked_at(*scalar(MoEConfig(8, group_size=128, dispatch=dispatch), tokens=128, embed=8, hidden=16))[1]
 
     masks = 128 * 8 * MoEConfig(8).capacity(128, train=True)
     assert largest("einsum") >= masks
-    # As on several devices, or on an accelerator.
-    monkeypatch.setattr(SwitchFeedForward, "_leaves_out_empty_slots", lambda layer: leaves_out_empty_slots)
+    # Where there are several devices, or an accelerator, empty slots are multiplied too.
+    monkeypatch.setattr(SwitchFeedForward, "_leaves_out_empty_slots", lambda layer: on_one_cpu)
     assert largest(dispatch) < masks
