@@ -99,6 +99,7 @@ def _check_scopes(bindings: Bindings, scopes: Collection[str]) -> None:
     for binding in bindings.said:
         if binding.scope and binding.scope not in entered:
             place, near = binding.origin.place, suggestion(binding.scope, entered)
+            near = near or f" A value such as @{binding.scope}/MoEConfig() would build in it."
             raise UserError(f"{place}: nothing is built in the scope {binding.scope!r}.{near}")
 
 

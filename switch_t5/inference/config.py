@@ -56,7 +56,8 @@ class DecodingConfig:
         if self.num_beams > 1 and self.temperature:
             raise ConfigError(
                 "DecodingConfig.temperature",
-                f"is {self.temperature}, but a search of {self.num_beams} beams draws nothing: set one back.",
+                f"is {self.temperature}, but a search of {self.num_beams} beams draws nothing: set it to 0, or "
+                "num_beams to 1.",
             )
         for field, neutral in (("top_k", 0), ("top_p", 1.0)):
             value = getattr(self, field)
@@ -69,7 +70,7 @@ class DecodingConfig:
         if self.num_beams > 1 and count > self.num_beams:
             raise ConfigError(
                 "DecodingConfig.num_return_sequences",
-                f"is {count}, more than the {self.num_beams} beams that are kept.",
+                f"is {count}, more than the {self.num_beams} beams that are kept: set num_beams to {count} or more.",
             )
         if self.num_beams == 1 and not self.temperature and count > 1:
             raise ConfigError(

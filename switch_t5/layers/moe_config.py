@@ -126,9 +126,14 @@ class MoEConfig:
 
     def _check_dropless(self) -> None:
         if self.expert_capacity is not None:
-            raise ConfigError("MoEConfig.expert_capacity", "has no effect on 'dropless', which has no capacity.")
+            raise ConfigError(
+                "MoEConfig.expert_capacity", "has no effect on 'dropless', which has no capacity: leave it at None."
+            )
         if self.exchange != "constraints":
-            raise ConfigError("MoEConfig.exchange", "has no effect on 'dropless', which exchanges no slots.")
+            raise ConfigError(
+                "MoEConfig.exchange",
+                "has no effect on 'dropless', which exchanges no slots: leave it at 'constraints'.",
+            )
         if self.router.needs_capacity:
             raise ConfigError(
                 "MoEConfig.dispatch",

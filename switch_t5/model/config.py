@@ -192,7 +192,7 @@ class TransformerConfig:
                     f"sequences: give it {whose}, {self.group_size}.",
                 )
             if decoder:
-                _check_causal(config, field)
+                _check_causal(config, "moe" if config is self.moe else field)
         for field in ("num_experts", "padding"):
             values = [getattr(config, field) for config in configs]
             if len(set(values)) > 1:
@@ -272,15 +272,21 @@ class TransformerConfig:
 
 
 def _check_causal(config: MoEConfig, field: str) -> None:
+    """Refuses a router that looks ahead in a decoder, which ``TransformerConfig``'s ``field`` gave it."""
     router = config.router
     if router.sees_future_tokens and not router.allow_future_tokens:
         what = "batch_prioritized" if router.batch_prioritized else f"the router {router.router!r}"
-        other = "another attention_moe" if field == "attention_moe" else "TransformerConfig.decoder_moe another router"
+        why = f"{what} chooses a token's experts by later tokens, which leaks the future into training and has no "
+        why += "meaning in decoding"
+        if field != "moe":
+            raise ConfigError(
+                f"TransformerConfig.{field}",
+                f"cannot serve a decoder: {why}; give its RouterConfig another router, or allow_future_tokens = True.",
+            )
         raise ConfigError(
             "RouterConfig.router" if not router.batch_prioritized else "RouterConfig.batch_prioritized",
-            f"cannot serve a decoder: {what} chooses a token's experts by later tokens, which leaks the future "
-            f"into training and has no meaning in decoding; give {other}, or "
-            "set RouterConfig.allow_future_tokens = True.",
+            f"cannot serve a decoder: {why}; give TransformerConfig.decoder_moe another router, or set "
+            "RouterConfig.allow_future_tokens = True.",
         )
 
 

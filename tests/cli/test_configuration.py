@@ -337,6 +337,11 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
             "train/Data.split = 'a'\nevl/Data.split = 'b'",
             "a.gin, line 2: nothing is built in the scope 'evl'. Did you mean 'eval'?",
         ),
+        (
+            "decoder/Data.split = 'b'",
+            "a.gin, line 1: nothing is built in the scope 'decoder'. "
+            "A value such as @decoder/MoEConfig() would build in it.",
+        ),
         ("N = %M\nM = %N\nModel.emb_dim = %N", "a.gin, line 1: macro N is made of itself (N -> M -> N)."),
         (
             "Model.emb_dim = %DIM\nDIM = 3\nDROPOUT = 0.5",

@@ -445,11 +445,14 @@ def test_top_k_and_top_p_leave_the_most_probable(top_k: int, top_p: float, left:
         ({"top_p": 0.0}, "DecodingConfig.top_p must be above 0 and at most 1, got 0.0."),
         (
             {"num_beams": 2, "temperature": 0.5},
-            "DecodingConfig.temperature is 0.5, but a search of 2 beams draws nothing",
+            "DecodingConfig.temperature is 0.5, but a search of 2 beams draws nothing: set it to 0, or num_beams to 1.",
         ),
         ({"top_k": 5}, "DecodingConfig.top_k is 5, which has no effect without a temperature"),
         ({"num_return_sequences": 3}, "DecodingConfig.num_return_sequences is 3, but greedy decoding has one answer"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "is 3, more than the 2 beams that are kept"),
+        (
+            {"num_beams": 2, "num_return_sequences": 3},
+            "is 3, more than the 2 beams that are kept: set num_beams to 3 or more.",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(how: dict[str, float], message: str) -> None:

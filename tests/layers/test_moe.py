@@ -287,6 +287,10 @@ def test_dropless_refuses_what_is_about_capacity(field: dict[str, Any], what: st
         MoEConfig(8, dispatch="dropless", router=RouterConfig(**field))
     with pytest.raises(ConfigError, match=r"^MoEConfig\.expert_capacity has no effect on 'dropless'"):
         MoEConfig(8, dispatch="dropless", expert_capacity=64)
+    with pytest.raises(
+        ConfigError, match=r"^MoEConfig\.exchange has no effect on 'dropless'.*leave it at 'constraints'"
+    ):
+        MoEConfig(8, dispatch="dropless", exchange="all_to_all")
 
 
 def paddings_layer(padding: Any, **fields: Any) -> SwitchFeedForward:

@@ -81,6 +81,10 @@ def test_a_decoder_refuses_a_router_that_looks_ahead_unless_it_is_allowed(config
     moe = MoEConfig(4, router=config)
     with pytest.raises(ConfigError, match=r"leaks the future into training.*RouterConfig\.allow_future_tokens = True"):
         transformer(moe=moe)
+    with pytest.raises(
+        ConfigError, match=r"TransformerConfig\.decoder_moe cannot serve.*or allow_future_tokens = True"
+    ):
+        transformer(moe=MoEConfig(4), decoder_moe=moe)
     transformer(moe=moe, decoder_sparse_layers="none")
     transformer(moe=moe, decoder_moe=MoEConfig(4))
     transformer(moe=dataclasses.replace(moe, router=dataclasses.replace(config, allow_future_tokens=True)))
