@@ -209,8 +209,8 @@ def changed(**fields: Any) -> TransformerConfig:
         (
             {"attention_moe": dataclasses.replace(MOE, router=RouterConfig(router="sinkhorn"))},
             "TransformerConfig.attention_moe cannot serve a decoder: the router 'sinkhorn' chooses a token's experts "
-            "by later tokens, which leaks the future into training and has no meaning in decoding; give its RouterConfig "
-            "another router, or allow_future_tokens = True.",
+            "by later tokens, which leaks the future into training and has no meaning in decoding; give its "
+            "RouterConfig another router, or allow_future_tokens = True.",
         ),
         ({"encoder_sparse_attention": (4,)}, "encoder_sparse_attention names block 4, but the blocks are 0 to 3."),
     ],
