@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="a text with ___ for what is missing; repeatable"
     )
-    parser.add_argument("--count", type=int, default=3, help="held-out examples to fill in where nothing is given")
+    parser.add_argument("--count", type=int, help="held-out examples to fill in where nothing is given; 3 by default")
     parser.add_argument("--checkpoint", metavar="PATH", help="one checkpoint; by default MODEL_DIR's latest")
     parser.add_argument(
         "--input", metavar="PATH", help="a .jsonl or .txt file, an input a line; - is standard input, of JSON lines"
     )
     parser.add_argument("--output", metavar="PATH", help="the .jsonl file to write; one that is there is gone on with")
     parser.add_argument("--task", metavar="NAME", help="makes the rows of --input into text as this task does")
-    parser.add_argument("--field", default="inputs", help="the field of a JSON line that holds the text")
+    parser.add_argument("--field", help="the field of a JSON line that holds the text; inputs by default")
     parser.add_argument(
         "--skip_malformed", action="store_true", help="leave out lines that cannot be read, and count them"
     )
@@ -40,16 +40,18 @@ def run(args: argparse.Namespace) -> int:
     from switch_t5.cli.processes import if_first
     from switch_t5.cli.trained import load_params, open_run
 
-    if args.count < 1:
+    if args.count is not None and args.count < 1:
         raise UserError(f"--count must be at least 1, got {args.count}.")
+    if args.count is not None and (args.text or args.input is not None):
+        raise UserError(f"--count is of held-out examples, which {'--text' if args.text else '--input'} replaces.")
     if args.input is not None:
         from switch_t5.cli.infer_file import check_arguments, infer_file
 
         check_arguments(args)
         run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
         return infer_file(run, args)
-    for flag in ("output", "task"):
-        if getattr(args, flag) is not None:
+    for flag in ("output", "task", "field", "skip_malformed"):
+        if getattr(args, flag):
             raise UserError(f"--{flag} needs --input: name the file of inputs.")
     run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
     inputs, targets = _masked(run, args)
@@ -68,7 +70,7 @@ def _masked(run: Run, args: argparse.Namespace) -> tuple[list[np.ndarray], list[
     from switch_t5.inference.fill_in import encode_blanks
 
     if not args.text:
-        return _held_out(run.spec.data, args.count)
+        return _held_out(run.spec.data, args.count or 3)
     vocabulary = get_vocabulary(run.spec.data)
     length = run.spec.data.task_feature_lengths["inputs"]
     try:

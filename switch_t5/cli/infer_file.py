@@ -49,6 +49,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--text and --input exclude each other: give one of them.")
     if args.json is not None:
         raise UserError("--json is for filled-in texts: the answers to --input are JSON lines, written to --output.")
+    if args.field is not None and args.task is not None:
+        raise UserError("--field and --task exclude each other: a task takes its own fields of a row.")
+    for flag in ("field", "task"):
+        if getattr(args, flag) is not None and args.input.endswith(".txt"):
+            raise UserError(f"--{flag} is of JSON lines: the lines of {args.input} are texts as they stand.")
     if args.input != STANDARD and not Path(args.input).is_file():
         raise UserError(f"--input={args.input} is not a file.")
     if args.output is not None and args.input == STANDARD:
@@ -65,7 +70,7 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
 
     params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
     vocabulary, predictor, counts = get_vocabulary(run.spec.data), run.predictor, Counts()
-    to_text = _to_text(args.task, args.field)
+    to_text = _to_text(args.task, _field(args))
     described = _description(run, args, step)
     chunk = _BATCHES_AT_ONCE * predictor.batch_size
     with _Lines(args.output, described | {"chunk": chunk}, active=is_first()) as lines:
@@ -101,6 +106,10 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
 def _cut(tokens: np.ndarray, length: int) -> np.ndarray:
     """The first tokens, the last of them still the end of sequence."""
     return tokens if len(tokens) <= length else np.append(tokens[: length - 1], tokens[-1])
+
+
+def _field(args: argparse.Namespace) -> str:
+    return args.field or "inputs"
 
 
 def _to_text(task: str | None, field: str) -> Callable[[dict[str, Any]], str]:
@@ -182,7 +191,7 @@ def _description(run: Run, args: argparse.Namespace, step: int) -> dict[str, Any
         "step": step,
         "input": given,
         "task": args.task,
-        "field": args.field,
+        "field": _field(args),
         "skip_malformed": args.skip_malformed,
         "lengths": dict(run.spec.data.task_feature_lengths),
         "decoding": {
