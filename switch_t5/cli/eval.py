@@ -51,9 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if args.submission is not None:
         return _submit(run, args)
     scorer = run.scorer
-    for flag in ("predictions",):
-        if scorer is None and getattr(args, flag) is not None:
-            raise UserError(f"--{flag} is of labelled tasks, and {run.spec.data.mixture_or_task_name} is none.")
+    if scorer is None and args.predictions is not None:
+        raise UserError(f"--predictions is of labelled tasks, and {run.spec.data.mixture_or_task_name} is none.")
     if scorer is None and not run.spec.train.eval_batches:
         raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
     params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
@@ -72,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(results: dict[str, TaskResult]) -> str:
-    """A line for each task: its metrics, and what was odd; the mean of the scores last where there are several."""
+    """A line for each task: its metrics, and what was odd; the mean of the scores last where there are several.
+
+    In the mean the tasks of one dataset, such as MNLI's two, count as one.
+    """
+    from switch_t5.data.text_to_text import get_task
     from switch_t5.inference.task_scores import SUMMARY
 
     width = max(len(name) for name in results)
@@ -83,8 +86,12 @@ def table(results: dict[str, TaskResult]) -> str:
             for key, value in result.scores.items()
         ]
         lines.append(f"{name:{width}}  {'  '.join(told)}")
-    scores = [result.scores[SUMMARY] for result in results.values() if SUMMARY in result.scores]
-    if len(scores) > 1:
+    by_dataset: dict[str, list[float]] = {}
+    for name, result in results.items():
+        if SUMMARY in result.scores and get_task(name).in_the_mean:
+            by_dataset.setdefault(get_task(name).dataset, []).append(result.scores[SUMMARY])
+    if len(by_dataset) > 1:
+        scores = [sum(scores) / len(scores) for scores in by_dataset.values()]
         lines.append(f"{'mean':{width}}  {SUMMARY} {sum(scores) / len(scores):.2f}")
     return "\n".join(lines)
 
@@ -142,7 +149,8 @@ def _submit(run: Run, args: argparse.Namespace) -> int:
     names = tuple(name for name in names if asked is None or name in asked)
     if not names:
         raise UserError(f"--submission is of SuperGLUE's tasks with test rows, none of which is in {asked}.")
-    evaluation = dataclasses.replace(run.spec.evaluation, tasks=names, split="test")
+    # The server wants an answer to every row.
+    evaluation = dataclasses.replace(run.spec.evaluation, tasks=names, split="test", num_examples=None)
     scorer = TaskScorer(run.spec.data, evaluation, lambda: run.predictor)
     params, _ = load_params(run, args.checkpoint or run.spec.train.model_dir)
     results = scorer.results(params)

@@ -186,10 +186,15 @@ def _chunks(source: Iterator[tuple[int, str]], size: int) -> Iterator[Sequence[t
 
 def _description(run: Run, args: argparse.Namespace, step: int) -> dict[str, Any]:
     """What decides the answers: an output file that was begun with something else is not gone on with."""
-    given = None if args.input == STANDARD else hashlib.sha256(Path(args.input).read_bytes()).hexdigest()
+    from switch_t5.checkpoint.folder import is_url
+    from switch_t5.data.pipeline import get_vocabulary, vocabulary_fingerprint
+
+    checkpoint = args.checkpoint or run.spec.train.model_dir
     return {
+        "checkpoint": checkpoint if is_url(checkpoint) else str(Path(checkpoint).absolute()),
         "step": step,
-        "input": given,
+        "vocabulary": vocabulary_fingerprint(get_vocabulary(run.spec.data)),
+        "input": None if args.input == STANDARD else _digest(Path(args.input)),
         "task": args.task,
         "field": _field(args),
         "skip_malformed": args.skip_malformed,
@@ -198,6 +203,11 @@ def _description(run: Run, args: argparse.Namespace, step: int) -> dict[str, Any
             name: value for name, value in dataclasses.asdict(run.spec.decoding).items() if name != "batch_size"
         },
     }
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -27,6 +28,8 @@ def classified(prefix: str, labels: tuple[str, ...], keys: tuple[str, ...], row:
 def similarity(row: Row) -> list[Example]:
     """STS-B: the similarity from 0 to 5, rounded to 0.2, as text."""
     label = row.get("label")
+    if label is not None and label != -1 and not 0 <= label <= 5:
+        raise ValueError(f"a similarity of {label!r} is not from 0 to 5")
     # T5 multiplies and divides by 5: a half-way similarity goes to the even fifth.
     target = UNKNOWN if label is None or label < 0 else f"{round(float(label) * 5) / 5:.1f}"
     return [Example(joined("stsb", row, ("sentence1", "sentence2")), target, row)]
@@ -42,7 +45,7 @@ def _number(text: str) -> float:
         value = float(text)
     except ValueError:
         return -1.0
-    return value if 0 <= value <= 5 else -1.0
+    return value if math.isfinite(value) else -1.0
 
 
 def scores(
@@ -72,7 +75,8 @@ def _task(
         tfds=f"glue/{config}:2.0.0",
         examples=partial(classified, prefix or short, labels, keys),
         metrics=partial(scores, labels, kinds),
-        fields=(*keys, "label"),
+        fields=keys,
+        target_fields=("label",),
         splits=splits or {"train": "train", "validation": "validation", "test": "test"},
         labels=labels,
     )
@@ -96,7 +100,8 @@ TASKS = (
         tfds="glue/stsb:2.0.0",
         examples=similarity,
         metrics=similarity_scores,
-        fields=(*_PAIR, "label"),
+        fields=_PAIR,
+        target_fields=("label",),
     ),
     _mnli("mnli", _INFERENCE, _MNLI_KEYS, splits={"train": "train"}),
     _mnli(

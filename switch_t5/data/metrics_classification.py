@@ -48,13 +48,10 @@ def exact_match_by_group(targets: Numbers, predictions: Numbers, groups: Sequenc
 
 
 def matthews_correlation(targets: Numbers, predictions: Numbers) -> float:
-    """Matthews' correlation coefficient of two labels; what is no label counts as the wrong one."""
+    """Matthews' correlation coefficient; what is no label counts as a label of its own, -1, as in T5."""
     from sklearn.metrics import matthews_corrcoef
 
-    said = [
-        1 - target if prediction < 0 else prediction for target, prediction in zip(targets, predictions, strict=True)
-    ]
-    return 100 * float(matthews_corrcoef(targets, said))
+    return 100 * float(matthews_corrcoef(targets, predictions))
 
 
 def correlations(targets: Sequence[float], predictions: Sequence[float]) -> dict[str, float]:

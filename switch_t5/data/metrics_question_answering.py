@@ -1,7 +1,8 @@
 """SQuAD's scores: exact match and F1 over words, of normalized answers, the best over all right ones; in percent.
 
-Source: the normalization and the overlap are those of SQuAD's evaluation (Rajpurkar et al. 2016); closed-book question
-answering (Roberts et al. 2020) uses the exact match alone. Neither scikit-learn nor SciPy has them.
+Source: the normalization and the overlap are those of SQuAD's evaluation (Rajpurkar et al. 2016), and for closed-book
+question answering (Roberts et al. 2020) TriviaQA's (Joshi et al. 2017), as T5 has them. Neither scikit-learn nor SciPy
+does.
 """
 
 from __future__ import annotations
@@ -14,22 +15,30 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SPACES_FOR_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4", " "))
+
+Normalize = Callable[[str], str]
 
 
 def normalized(answer: str) -> str:
-    """Lower case, without punctuation and articles, and single spaces."""
-    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without punctuation and articles, and single spaces, as SQuAD has it."""
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def normalized_trivia(answer: str) -> str:
+    """As :func:`normalized`, but with spaces in the place of punctuation, as TriviaQA has it."""
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_SPACES_FOR_PUNCTUATION)).split())
 
 
 def exact(target: str, prediction: str) -> float:
-    """1 where both are the same once normalized, else 0."""
-    return float(normalized(target) == normalized(prediction))
+    """1 where two normalized texts are the same, else 0."""
+    return float(target == prediction)
 
 
 def word_f1(target: str, prediction: str) -> float:
-    """The harmonic mean of precision and recall of normalized words."""
-    right, said = normalized(target).split(), normalized(prediction).split()
+    """The harmonic mean of precision and recall of two normalized texts' words."""
+    right, said = target.split(), prediction.split()
     common = sum((collections.Counter(right) & collections.Counter(said)).values())
     return 2 * common / (len(right) + len(said)) if common else 0.0
 
@@ -45,6 +54,9 @@ def best_over(
     return 100 * float(np.mean(best))
 
 
-def squad(answers: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+def answer_scores(
+    answers: Sequence[Sequence[str]], predictions: Sequence[str], normalize: Normalize = normalized
+) -> dict[str, float]:
     """``em`` and ``f1``."""
+    answers, predictions = [list(map(normalize, group)) for group in answers], list(map(normalize, predictions))
     return {"em": best_over(exact, answers, predictions), "f1": best_over(word_f1, answers, predictions)}

@@ -217,7 +217,7 @@ class _Shard:
     def _description(self) -> dict[str, Any]:
         """All that decides which rows come; text and vocabulary by their content, not their paths."""
         vocabulary = self._provider.output_features["targets"].vocabulary
-        description = dataclasses.asdict(self._config) | {"vocabulary": _fingerprint(vocabulary)}
+        description = dataclasses.asdict(self._config) | {"vocabulary": vocabulary_fingerprint(vocabulary)}
         del description["vocabulary_path"], description["num_shards"]
         shard = [self._index, self._num_shards]
         return description | {"text": self._text, "repeat": self._repeat, "shard": shard}
@@ -319,7 +319,8 @@ def _dataset(
     return dataset.with_options(options)
 
 
-def _fingerprint(vocabulary: seqio.Vocabulary) -> str:
+def vocabulary_fingerprint(vocabulary: seqio.Vocabulary) -> str:
+    """Tells vocabularies apart by their pieces; those without a model of pieces by kind and size."""
     model: Any = getattr(vocabulary, "sp_model", None)
     if model is None:
         return f"{type(vocabulary).__name__}, {vocabulary.vocab_size} entries"

@@ -1,6 +1,8 @@
 """Question answering, open book and closed, and the tasks of choices among the paper's table 5.
 
-SQuAD's text is T5's. For ARC, Winogrande and ANLI no T5 code is published: their text follows SuperGLUE's pattern.
+SQuAD's text is T5's, and so are the closed-book tasks' texts and scores (Roberts et al. 2020), but for their splits: T5
+holds a tenth of the training rows out for validation, while here validation is the published one. For ARC, Winogrande
+and ANLI no T5 code is published: their text follows SuperGLUE's pattern.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from functools import partial
 from typing import Any
 
 from switch_t5.data.metrics_classification import accuracy
-from switch_t5.data.metrics_question_answering import best_over, exact
-from switch_t5.data.metrics_question_answering import squad as squad_of_answers
+from switch_t5.data.metrics_question_answering import answer_scores, normalized_trivia
 from switch_t5.data.text_to_text import (
     UNKNOWN,
     Example,
@@ -41,7 +42,7 @@ def padded_punctuation(text: str) -> str:
 
 def squad_answers(row: Row) -> list[str]:
     """The right answers, as the text has them."""
-    return [padded_punctuation(answer) for answer in row["answers"]["text"]]
+    return [padded_punctuation(answer) for answer in (row.get("answers") or {"text": ()})["text"]]
 
 
 def squad(row: Row) -> list[Example]:
@@ -53,7 +54,7 @@ def squad(row: Row) -> list[Example]:
 
 def squad_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
     """``em`` and ``f1``, the best over a question's answers."""
-    return squad_of_answers([squad_answers(example.row) for example in examples], predictions)
+    return answer_scores([squad_answers(example.row) for example in examples], predictions)
 
 
 def closed_book_answers(row: Row) -> list[str]:
@@ -69,9 +70,9 @@ def closed_book(prefix: str, row: Row) -> list[Example]:
     return [Example(f"{prefix} question: {row['question']}", (closed_book_answers(row) or [UNKNOWN])[0], row)]
 
 
-def exact_match(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
-    """``em``, of the best of the right answers."""
-    return {"em": best_over(exact, [closed_book_answers(example.row) for example in examples], predictions)}
+def closed_book_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
+    """``em`` and ``f1``, the best over a question's answers, normalized as TriviaQA's."""
+    return answer_scores([closed_book_answers(example.row) for example in examples], predictions, normalized_trivia)
 
 
 def arc(row: Row) -> list[Example]:
@@ -86,14 +87,14 @@ def arc(row: Row) -> list[Example]:
 def winogrande(row: Row) -> list[Example]:
     """A sentence with a blank and what may fill it, to the right one's name."""
     label = row.get("label")
-    number = int(label) + 1 if label is not None else int(row.get("answer") or 0)
+    number = int(row.get("answer") or 0) if label is None else int(label) + 1
     target = f"option{number}" if number in (1, 2) else UNKNOWN
     return [Example(joined("winogrande", row, ("option1", "option2", "sentence")), target, row)]
 
 
 def anli(row: Row) -> list[Example]:
     """Adversarial NLI; TFDS calls the premise context."""
-    shown = {"hypothesis": row["hypothesis"], "premise": row.get("premise") or row.get("context")}
+    shown = {"hypothesis": row["hypothesis"], "premise": row["context" if "context" in row else "premise"]}
     return [Example(joined("anli", shown), label_text(row, _ANLI), row)]
 
 
@@ -109,8 +110,9 @@ def _closed_book(name: str, dataset: str, tfds: str, prefix: str, answer: str) -
         dataset=dataset,
         tfds=tfds,
         examples=partial(closed_book, prefix),
-        metrics=exact_match,
-        fields=("question", answer),
+        metrics=closed_book_scores,
+        fields=("question",),
+        target_fields=(answer,),
         splits=_TRAIN_VALIDATION,
     )
 
@@ -136,13 +138,11 @@ TASKS = (
         tfds="squad/v1.1:3.0.0",
         examples=squad,
         metrics=squad_scores,
-        fields=("question", "context", "answers"),
+        fields=("question", "context"),
+        target_fields=("answers",),
         splits=_TRAIN_VALIDATION,
     ),
-    *(
-        _choices(f"anli_r{n}", f"anli/r{n}", f"anli/r{n}:0.1.0", anli, _ANLI, ("hypothesis", "label"))
-        for n in (1, 2, 3)
-    ),
+    *(_choices(f"anli_r{n}", f"anli/r{n}", f"anli/r{n}:0.1.0", anli, _ANLI, ("hypothesis",)) for n in (1, 2, 3)),
     _choices("arc_easy", "ai2_arc/ARC-Easy", "ai2_arc/ARC-Easy:1.0.0", arc, _ARC_CHOICES, _ARC_FIELDS),
     _choices("arc_challenge", "ai2_arc/ARC-Challenge", "ai2_arc/ARC-Challenge:1.0.0", arc, _ARC_CHOICES, _ARC_FIELDS),
     _choices(
@@ -159,8 +159,9 @@ TASKS = (
         dataset="web_questions",
         tfds="web_questions:1.0.0",
         examples=partial(closed_book, "wq"),
-        metrics=exact_match,
-        fields=("question", "answers"),
+        metrics=closed_book_scores,
+        fields=("question",),
+        target_fields=("answers",),
         splits={"train": "train", "validation": "test"},
     ),
     _closed_book("trivia_qa_open", "trivia_qa", "trivia_qa/unfiltered.nocontext:1.1.0", "trivia_qa", "answer"),

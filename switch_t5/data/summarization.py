@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from switch_t5.data.metrics_summarization import rouge
-from switch_t5.data.text_to_text import Example, Row, Scores, TextToTextTask
+from switch_t5.data.text_to_text import UNKNOWN, Example, Row, Scores, TextToTextTask
 
 
 def summary(document: str, abstract: str, row: Row) -> list[Example]:
     """``summarize: document`` to the abstract; the names of the row's fields are given."""
-    return [Example(f"summarize: {row[document]}", row.get(abstract) or "", row)]
+    return [Example(f"summarize: {row[document]}", row.get(abstract) or UNKNOWN, row)]
 
 
 def rouge_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
@@ -26,7 +26,8 @@ def _task(name: str, tfds: str, document: str, abstract: str) -> TextToTextTask:
         tfds=tfds,
         examples=partial(summary, document, abstract),
         metrics=rouge_scores,
-        fields=(document, abstract),
+        fields=(document,),
+        target_fields=(abstract,),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from switch_t5.data.metrics_classification import accuracy, exact_match_by_group, f1, mean_f1
-from switch_t5.data.metrics_question_answering import squad
+from switch_t5.data.metrics_question_answering import answer_scores
 from switch_t5.data.text_to_text import (
     UNKNOWN,
     Example,
@@ -90,8 +90,10 @@ def wsc(row: Row, *, only_true: bool = False) -> list[Example]:
     else:
         words = text.split(" ")
         word = words[row["span2_index"]]
+        if pronoun not in word:
+            raise ValueError(f"the word at span2_index is {word!r}, not {pronoun!r}")
         # Whatever is written at the pronoun, such as a comma, stays.
-        words[row["span2_index"]] = word.replace(pronoun, f"*{pronoun}*", 1) if pronoun in word else f"*{pronoun}*"
+        words[row["span2_index"]] = word.replace(pronoun, f"*{pronoun}*", 1)
         starred = " ".join(words)
     return [Example(f"wsc: {starred}", row["span1_text"], row)]
 
@@ -103,19 +105,23 @@ def dpr(row: Row) -> list[Example]:
     """
     pronoun = re.compile(rf" ({re.escape(row['pronoun'])})( |\.|,)")
     starred = pronoun.sub(r" *\1*\2", row["sentence"], count=1)
-    return [Example(f"wsc: {starred}", row["candidates"][int(row["label"])], row)]
+    return [Example(f"wsc: {starred}", label_text(row, row["candidates"]), row)]
 
 
-def refers_to(candidate: str, prediction: str) -> bool:
-    """Whether a predicted text means a candidate: one has all the words of the other, determiners aside."""
+def refers_to(candidate: str, prediction: str) -> int:
+    """1 where a predicted text means a candidate, one having all the words of the other, determiners aside; else 0.
+
+    A prediction without such words is -1, which is no label: it means neither.
+    """
 
     def words(text: str) -> set[str]:
         return {word for word in text.strip().lower().split(" ") if word and word not in _DETERMINERS}
 
     right, said = words(candidate), words(prediction)
-    if not said or ("'" in "".join(said)) != ("'" in "".join(right)):
-        return False
-    return said <= right or right <= said
+    if not said:
+        return -1
+    alike = ("'" in "".join(said)) == ("'" in "".join(right))
+    return int(alike and (said <= right or right <= said))
 
 
 def label_scores(labels: tuple[str, ...], examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
@@ -141,13 +147,19 @@ def multirc_scores(examples: Sequence[Example], predictions: Sequence[str]) -> S
 
 def record_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
     """``em`` and ``f1``, the best over a query's answers."""
-    return squad([example.row.get("answers") or [] for example in examples], predictions)
+    return answer_scores([example.row.get("answers") or [] for example in examples], predictions)
 
 
 def wsc_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
     """``accuracy`` of whether the text predicted means the candidate."""
     said = [refers_to(example.targets, text) for example, text in zip(examples, predictions, strict=True)]
-    return {"accuracy": accuracy([int(example.row["label"]) for example in examples], [int(yes) for yes in said])}
+    return {"accuracy": accuracy([int(example.row["label"]) for example in examples], said)}
+
+
+def text_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
+    """``accuracy`` of texts that are the target's to the letter."""
+    said = [int(example.targets == text) for example, text in zip(examples, predictions, strict=True)]
+    return {"accuracy": accuracy([1] * len(said), said)}
 
 
 def _task(short: str, prefix: str, labels: tuple[str, ...], keys: tuple[str, ...]) -> TextToTextTask:
@@ -157,7 +169,8 @@ def _task(short: str, prefix: str, labels: tuple[str, ...], keys: tuple[str, ...
         tfds=f"super_glue/{short}:1.0.2",
         examples=partial(classified, prefix, labels, keys),
         metrics=commitment_scores if short == "cb" else partial(label_scores, labels),
-        fields=(*keys, "label"),
+        fields=keys,
+        target_fields=("label",),
         labels=labels,
     )
 
@@ -168,7 +181,8 @@ _WSC = {
     "dataset": "super_glue/wsc",
     "tfds": "super_glue/wsc.fixed:1.0.2",
     "metrics": wsc_scores,
-    "fields": ("text", "span1_text", "span2_text", "span2_index", "label"),
+    "fields": ("text", "span1_text", "span2_text", "span2_index"),
+    "target_fields": ("label",),
     "labels": BOOLEANS,
 }
 
@@ -182,7 +196,8 @@ TASKS = (
         tfds="super_glue/multirc:1.0.2",
         examples=multirc,
         metrics=multirc_scores,
-        fields=("question", "answer", "paragraph", "idx", "label"),
+        fields=("question", "answer", "paragraph"),
+        target_fields=("idx", "label"),
         labels=BOOLEANS,
     ),
     TextToTextTask(
@@ -191,8 +206,9 @@ TASKS = (
         tfds="super_glue/record:1.0.2",
         examples=record,
         metrics=record_scores,
-        fields=("passage", "query", "entities", "answers"),
-        once=lambda example: (example.row["passage"], example.row["query"]),
+        fields=("passage", "query", "entities"),
+        target_fields=("answers",),
+        once=lambda example: tuple((example.row.get("idx") or example.row)[key] for key in ("passage", "query")),
     ),
     _task("rte", "rte", ENTAILMENT, _PREMISE),
     _task("wic", "wic", BOOLEANS, ("sentence1", "sentence2", "word")),
@@ -214,7 +230,8 @@ TASKS = (
         tfds="super_glue/axb:1.0.2",
         examples=diagnostic,
         metrics=partial(label_scores, ENTAILMENT),
-        fields=("sentence1", "sentence2", "label"),
+        fields=("sentence1", "sentence2"),
+        target_fields=("label",),
         splits=_TEST,
         labels=ENTAILMENT,
     ),
@@ -224,7 +241,8 @@ TASKS = (
         tfds="super_glue/axg:1.0.2",
         examples=partial(classified, "rte", ENTAILMENT, _PREMISE),
         metrics=partial(label_scores, ENTAILMENT),
-        fields=(*_PREMISE, "label"),
+        fields=_PREMISE,
+        target_fields=("label",),
         splits=_TEST,
         labels=ENTAILMENT,
     ),
@@ -233,13 +251,10 @@ TASKS = (
         dataset="definite_pronoun_resolution",
         tfds="definite_pronoun_resolution/plain_text:1.1.0",
         examples=dpr,
-        metrics=lambda examples, predictions: {
-            "accuracy": accuracy(
-                [1] * len(examples),
-                [int(refers_to(e.targets, text)) for e, text in zip(examples, predictions, strict=True)],
-            )
-        },
-        fields=("sentence", "pronoun", "candidates", "label"),
+        metrics=text_scores,
+        fields=("sentence", "pronoun", "candidates"),
+        target_fields=("label",),
+        in_the_mean=False,
         splits={"train": "train", "validation": "test"},
     ),
 )

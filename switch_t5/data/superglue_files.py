@@ -54,12 +54,22 @@ def rows_of(config: str, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     row = dict(record)
     if config == "wsc" and isinstance(row.get("target"), Mapping):
         row |= row.pop("target")
+        row |= {f"{span}_text": _as_in_text(row, span) for span in ("span1", "span2")}
     for old, new in _RENAMED.get(config, {}).items():
         if old in row and new not in row:
             row[new] = row.pop(old)
     if "label" in row:
         row["label"] = label_number(row["label"], _LABELS.get(config, BOOLEANS))
     yield row
+
+
+def _as_in_text(row: Mapping[str, Any], span: str) -> str:
+    """A span as WSC's text has it, where the file has it in another case, or with a full stop or a line's end."""
+    said, place = row[f"{span}_text"], row["text"].split()[row[f"{span}_index"]]
+    if said in row["text"]:
+        return said
+    first = said[:1].lower() if place[:1].islower() else said[:1].upper()
+    return (first + said[1:]).rstrip(".").replace("\n", " ")
 
 
 def label_number(label: Any, labels: Sequence[str]) -> Any:
@@ -89,10 +99,10 @@ def _multirc(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _record(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     text = record["passage"]["text"]
-    # A span's end is its last character; an entity that is named twice is one entity.
-    entities = list(dict.fromkeys(text[span["start"] : span["end"] + 1] for span in record["passage"]["entities"]))
+    # A span's end is its last character; an entity that is named twice is one entity, and TFDS sorts them.
+    entities = sorted({text[span["start"] : span["end"] + 1] for span in record["passage"]["entities"]})
     for query in record["qas"]:
-        answers = list(dict.fromkeys(answer["text"] for answer in query.get("answers", ())))
+        answers = sorted({answer["text"] for answer in query.get("answers", ())})
         index = {"passage": record["idx"], "query": query["idx"]}
         yield {"passage": text, "query": query["query"], "entities": entities, "answers": answers, "idx": index}
 
@@ -116,7 +126,7 @@ def submission_lines(config: str, examples: Sequence[Example], predictions: Sequ
         from switch_t5.data.superglue import refers_to
 
         said = [refers_to(example.targets, text) for example, text in zip(examples, predictions, strict=True)]
-        labels: list[Any] = ["True" if yes else "False" for yes in said]
+        labels: list[Any] = [BOOLEANS[max(number, 0)] for number in said]
     elif config == "copa":
         labels = [max(number, 0) for number in label_numbers(predictions, CHOICES)]
     else:
@@ -124,7 +134,7 @@ def submission_lines(config: str, examples: Sequence[Example], predictions: Sequ
         labels = [words[max(number, 0)] for number in label_numbers(predictions, words)]
         if words is BOOLEANS:
             labels = [label.lower() for label in labels]
-    return [{"idx": example.row["idx"], "label": label} for example, label in zip(examples, labels, strict=True)]
+    return [{"idx": example.row.get("idx"), "label": label} for example, label in zip(examples, labels, strict=True)]
 
 
 def _nested_answers(examples: Sequence[Example], predictions: Sequence[str]) -> list[dict[str, Any]]:
@@ -149,8 +159,11 @@ def write_submission(folder: Path, config: str, lines: Sequence[Mapping[str, Any
     Raises:
       UserError: the folder cannot be written, or a row has no number of its own.
     """
-    if any(line["idx"] is None for line in lines):
+    numbers = [line["idx"] for line in lines]
+    if None in numbers:
         raise UserError(f"The rows of {config} have no 'idx', which a submission names them by.")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"Some rows of {config} have the same 'idx', which a submission names them by.")
     path = writable_directory(folder, "The submission's folder") / f"{FOLDERS[config]}.jsonl"
     with storage_errors(f"Writing {path}"):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -48,9 +48,11 @@ class TextToTextTask:
       tfds: the TFDS dataset that has the same rows, its version included.
       examples: a row to its examples; several where several targets are right.
       metrics: examples and the text predicted for each to scores, in percent, higher is better.
-      fields: what a row must have; a label may be missing where it is secret.
+      fields: what a row must have.
+      target_fields: what it must have besides where its target is known.
       splits: the dataset's splits by the task's: ``train``, ``validation`` and ``test`` where it has them.
       labels: the texts of its labels, in the order of their numbers; None for free text.
+      in_the_mean: whether the mean over tasks counts it, as its benchmark does.
       once: tells which examples of a split are asked for the same prediction, of which evaluation keeps the first.
     """
 
@@ -63,7 +65,9 @@ class TextToTextTask:
     splits: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
+    target_fields: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
+    in_the_mean: bool = True
     once: Callable[[Example], object] | None = None
 
     def inputs(self, row: Row) -> str:
@@ -79,13 +83,13 @@ class TextToTextTask:
         return examples[0].inputs
 
     def check(self, row: Row, *, labelled: bool = True) -> None:
-        """Checks that a row has the task's fields and a label of its set.
+        """Checks that a row has the task's fields, of the kinds it knows, and where it is labelled a target.
 
         Raises:
           UserError: a clause that says what is wrong with the row.
         """
-        for field in self.fields:
-            if row.get(field) is None and (labelled or field not in ("label", "answers", "answer")):
+        for field in (*self.fields, *(self.target_fields if labelled else ())):
+            if row.get(field) is None:
                 has = ", ".join(map(repr, row)) or "none"
                 raise UserError(f"lacks the field {field!r} of {self.dataset}; it has {has}.{closest(field, row)}")
         label = row.get("label")
@@ -93,6 +97,17 @@ class TextToTextTask:
             known = range(len(self.labels))
             if not isinstance(label, int) or label not in known:
                 raise UserError(f"has the label {label!r}; those of {self.dataset} are {list(known)} or -1 for unknown")
+        try:
+            examples = self.examples(row)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"is not laid out as {self.dataset} is ({error})") from None
+        if labelled and UNKNOWN in (example.targets for example in examples):
+            raise UserError(f"has no answer that {self.name} knows, and only rows of test may lack it")
+
+    def is_secret(self, example: Example) -> bool:
+        """Whether an example's answer is not known, so that nothing can be scored."""
+        unlabelled = "label" in self.target_fields and example.row.get("label") in (None, -1)
+        return unlabelled or example.targets == UNKNOWN
 
     def to_evaluate(self, rows: Sequence[Row]) -> list[Example]:
         """The examples of a split that are predicted and scored."""

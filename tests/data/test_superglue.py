@@ -101,7 +101,7 @@ WSC = {
 def test_a_row_becomes_this_text(name: str) -> None:
     row, expected = TEXTS[name]
     task = get_task(name)
-    task.check(row)
+    task.check(row, labelled=row.get("label") != -1)
     assert [(example.inputs, example.targets) for example in task.examples(row)] == expected
     assert task.inputs(row) == expected[0][0]
 
@@ -165,18 +165,18 @@ def test_dpr_stars_the_first_pronoun_that_t5_sees(sentence: str, starred: str) -
 @pytest.mark.parametrize(
     ("candidate", "prediction", "same"),
     [
-        ("Bob Smith", "Smith", True),
-        ("the old man", "man", True),
-        ("The man", "that man", True),
-        ("Bob's dog", "dog", False),
-        ("Bob", "Ann", False),
-        ("Bob", "", False),
-        ("Bob", "the", False),
-        ("cat", "big cat", True),
+        ("Bob Smith", "Smith", 1),
+        ("the old man", "man", 1),
+        ("The man", "that man", 1),
+        ("Bob's dog", "dog", 0),
+        ("Bob", "Ann", 0),
+        ("Bob", "", -1),
+        ("Bob", "the", -1),
+        ("cat", "big cat", 1),
     ],
 )
-def test_what_a_prediction_refers_to(candidate: str, prediction: str, same: bool) -> None:
-    assert refers_to(candidate, prediction) is same
+def test_what_a_prediction_refers_to(candidate: str, prediction: str, same: int) -> None:
+    assert refers_to(candidate, prediction) == same
 
 
 def scores(name: str, rows: list[dict[str, Any]], predictions: list[str]) -> dict[str, float]:
@@ -234,6 +234,20 @@ def test_record_takes_the_best_answer_once_for_each_query() -> None:
 def test_wsc_compares_the_referent_with_the_label() -> None:
     rows = [WSC, WSC | {"label": 0}, WSC | {"label": 0}, WSC]
     assert scores("super_glue_wsc_v102_simple_eval", rows, ["Pete", "Pete", "Mark", "Mark"]) == {"accuracy": 50.0}
+    # An empty prediction is wrong, whether the candidate is meant or not.
+    assert scores("super_glue_wsc_v102_simple_eval", rows, ["", "the", "", "Pete"]) == {"accuracy": 25.0}
+
+
+def test_dpr_wants_the_candidate_to_the_letter() -> None:
+    row = {"sentence": "Bob saw that he won.", "pronoun": "he", "candidates": ["Bob Lee", "Tom"], "label": 0}
+    assert scores("dpr_v001_simple", [row] * 3, ["Bob Lee", "Bob", "Tom"]) == {"accuracy": round(100 / 3, 4)}
+
+
+def test_record_asks_once_for_each_number_of_a_query() -> None:
+    row = {"passage": "p", "query": "q", "entities": ["x"], "answers": ["x", "y"]}
+    rows = [row | {"idx": {"passage": 0, "query": number}} for number in (4, 5)]
+    asked = get_task("super_glue_record_v102").to_evaluate(rows)
+    assert [example.row["idx"]["query"] for example in asked] == [4, 5]
 
 
 def test_the_mixture_has_t5s_weights() -> None:
@@ -257,6 +271,41 @@ def test_the_mixture_has_t5s_weights() -> None:
 def test_a_malformed_row_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         get_task("super_glue_boolq_v102").check(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("super_glue_wsc_v102_simple_eval", WSC | {"span2_index": 99}, "super_glue/wsc is (list index out of range)"),
+        (
+            "super_glue_wsc_v102_simple_eval",
+            WSC | {"span2_index": 0},
+            "super_glue/wsc is (the word at span2_index is 'Mark', not 'he')",
+        ),
+        (
+            "super_glue_record_v102",
+            {"passage": "p", "query": "q", "entities": 7, "answers": ["x"]},
+            "super_glue/record is (can only join an iterable)",
+        ),
+        (
+            "super_glue_multirc_v102",
+            {"question": 1, "answer": "a", "paragraph": "p", "idx": {}, "label": 1},
+            "super_glue/multirc is ('int' object has no attribute 'replace')",
+        ),
+    ],
+)
+def test_a_row_of_other_kinds_is_refused(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        get_task(name).check(row)
+    assert str(caught.value) == f"is not laid out as {message}"
+
+
+@pytest.mark.parametrize("row", [TEXTS["super_glue_rte_v102"][0], TEXTS["super_glue_rte_v102"][0] | {"label": None}])
+def test_only_test_rows_may_lack_a_label(row: dict[str, Any]) -> None:
+    task = get_task("super_glue_rte_v102")
+    task.check(row, labelled=False)
+    with pytest.raises(UserError, match=r"has no answer that super_glue_rte_v102 knows|lacks the field 'label'"):
+        task.check(row)
 
 
 def test_an_example_keeps_its_row() -> None:

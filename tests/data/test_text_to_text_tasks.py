@@ -80,15 +80,17 @@ def scores(name: str, rows: list[dict[str, Any]], predictions: list[str]) -> dic
 
 def test_cola_has_matthews_correlation() -> None:
     rows = [{"sentence": "s", "label": label} for label in (1, 1, 0, 0)]
-    # Two true positives, one true negative, one false positive: (2 - 0) / sqrt(3 * 2 * 2 * 1).
+    # Of 4 rows 3 are right. Of three labels, no label being one, 2, 2, 0 are to be said and 2, 1, 1 are:
+    # (3 x 4 - 2 x 2 - 2 x 1) / sqrt((16 - 4 - 4) (16 - 4 - 1 - 1)).
     said = ["acceptable", "acceptable", "unacceptable", "nonsense"]
-    assert scores("glue_cola_v002", rows, said) == {"matthews_corrcoef": round(100 * 2 / 12**0.5, 3)}
+    assert scores("glue_cola_v002", rows, said) == {"matthews_corrcoef": round(100 * 6 / 80**0.5, 3)}
 
 
 def test_similarities_correlate_by_value_and_by_rank() -> None:
     rows = [PAIR | {"label": label} for label in (0.0, 1.0, 2.0, 5.0)]
     assert scores("glue_stsb_v002", rows, ["1.0", "2.0", "3.0", "5.0"]) == {
-        "pearson_corrcoef": pytest.approx(99.125, abs=0.5),
+        # Deviations of -2, -1, 0, 3 and of -1.75, -0.75, 0.25, 2.25.
+        "pearson_corrcoef": round(100 * 11 / (14 * 8.75) ** 0.5, 3),
         "spearman_corrcoef": 100.0,
     }
     assert scores("glue_stsb_v002", rows, ["high"] * 4) == {"pearson_corrcoef": 0, "spearman_corrcoef": 0}
@@ -96,7 +98,7 @@ def test_similarities_correlate_by_value_and_by_rank() -> None:
 
 def test_squads_answers_are_normalized() -> None:
     assert normalized("The  Cat's, a hat!") == "cats hat"
-    assert word_f1("the old cat", "old dog") == 0.5
+    assert word_f1("old cat", "old dog") == 0.5
     assert padded_punctuation("a_b, c-d") == "a_b , c - d"
     assert padded_punctuation("Caf\u00e9 \u2013 5\n%\u00a0x") == "Caf \u00e9 \u2013 5 % \u00a0 x"
     row = TEXTS["squad_v010_allanswers"][0]
@@ -105,7 +107,11 @@ def test_squads_answers_are_normalized() -> None:
 
 def test_closed_book_questions_take_any_alias() -> None:
     row = TEXTS["trivia_qa_open"][0]
-    assert scores("trivia_qa_open", [row, row], ["annie", "Bob"]) == {"em": 50}
+    assert scores("trivia_qa_open", [row, row], ["annie", "Bob"]) == {"em": 50, "f1": 50}
+    row = {"question": "who", "answer": ["Spider-Man"]}
+    # Punctuation is a space there, and nothing at all for SQuAD.
+    assert scores("natural_questions_open", [row, row], ["the spider man", "man"]) == {"em": 50, "f1": 83.333}
+    assert normalized("Spider-Man") == "spiderman"
 
 
 def test_rouge_of_a_known_pair() -> None:
@@ -116,6 +122,41 @@ def test_rouge_of_a_known_pair() -> None:
         "rouge2": 50.0,
         "rougeLsum": round(200 / 3, 3),
     }
+
+
+def test_rouge_takes_a_full_stop_between_spaces_for_a_sentences_end() -> None:
+    row = {"document": "x", "summary": "a b . c d"}
+    # The sentences are the same in another order; of three pairs of words two are shared.
+    assert scores("xsum_v110", [row], ["c d . a b"]) == {"rouge1": 100.0, "rouge2": 66.667, "rougeLsum": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("arc_easy", {"answerKey": "Z"}),
+        ("winogrande", {"answer": "3"}),
+        ("winogrande", {"answer": "x"}),
+        ("glue_stsb_v002", {"label": 7.0}),
+        ("glue_stsb_v002", {"label": "x"}),
+        ("arc_easy", {"choices": ["x", "y"]}),
+        ("squad_v010_allanswers", {"answers": ["Ann"]}),
+        ("squad_v010_allanswers", {"context": 7}),
+        ("natural_questions_open", {"answer": []}),
+    ],
+)
+def test_a_row_whose_answer_or_layout_is_unknown_is_refused(name: str, changed: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"is not laid out as|has no answer that"):
+        get_task(name).check({**TEXTS[name][0], **changed})
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_what_is_to_be_predicted_may_be_missing_where_it_is_asked_for(name: str) -> None:
+    row, inputs, _ = TEXTS[name]
+    answers = {"label", "answer", "answers", "answerKey", "summary", "highlights", "idx"}
+    bare = {key: value for key, value in row.items() if key not in answers}
+    task = get_task(name)
+    assert task.inputs(bare) == inputs
+    assert all(map(task.is_secret, task.examples(bare)))
 
 
 def test_a_name_that_is_no_task_is_refused_with_the_nearest() -> None:
