@@ -1,7 +1,7 @@
 """A local copy of a dataset, in whatever layout, to the rows that tasks read.
 
 Understood are folders as Hugging Face has them (Parquet, Arrow or JSON lines, a file or a folder a split) and a
-benchmark's own files of JSON lines. Every row is checked before anything is written.
+benchmark's own files of JSON lines. Every row of a dataset is checked before anything of it is written.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from switch_t5.data import superglue_files
-from switch_t5.data.rows import parse_row, plain
+from switch_t5.data.rows import numbered_rows, plain
 from switch_t5.data.text_to_text import TextToTextTask, tasks
 from switch_t5.errors import UserError, closest
 from switch_t5.storage import storage_errors, writable_directory
 
 _ENDINGS = (".parquet", ".arrow", ".jsonl", ".json")
 _VALIDATION = {"val", "dev"}
+_FOLDERS = {"super_glue/wsc": ("wsc.fixed", "wsc")}
+"""The names of a dataset's folder, the best first, where they are not its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,8 @@ def prepare(family: str, source: Path, output: Path) -> list[Prepared]:
       output: see :func:`switch_t5.data.rows.data_folder`.
 
     Raises:
-      UserError: there is no such family or folder, no file of it, or a row is malformed; then nothing is written of
-        its dataset.
+      UserError: there is no such family or folder, no file of it, or a dataset has a malformed row or one split in
+        several folders; then nothing is written of that dataset.
     """
     if family not in families():
         raise UserError(f"There is no dataset called {family!r}.{closest(family, families())}")
@@ -67,8 +69,11 @@ def prepare(family: str, source: Path, output: Path) -> list[Prepared]:
     for dataset, task in {task.dataset: task for task in tasks().values()}.items():
         if dataset.split("/")[0] != family:
             continue
-        for split, files in _files_of(dataset, source).items():
-            rows = [row for file in files for row in _rows(dataset, task, split, file)]
+        read = {
+            split: [row for file in files for row in _rows(dataset, task, split, file)]
+            for split, files in _files_of(dataset, source).items()
+        }
+        for split, rows in read.items():
             path = writable_directory(output / dataset, "The data folder") / f"{split}.jsonl"
             _write(path, rows)
             done.append(Prepared(dataset, split, len(rows), path))
@@ -82,26 +87,76 @@ def prepare(family: str, source: Path, output: Path) -> list[Prepared]:
 
 
 def _files_of(dataset: str, source: Path) -> dict[str, list[Path]]:
-    """The files of each split of a dataset."""
-    family, _, config = dataset.partition("/")
-    names = {_simple(config or family)}
-    if family == "super_glue":
-        names.add(_simple(superglue_files.FOLDERS[config]))
-    folders = [folder for folder in [source, *source.rglob("*")] if folder.is_dir() and _simple(folder.name) in names]
-    if not folders and not config:
-        folders = [source]
+    """The files of each split of a dataset.
+
+    Raises:
+      UserError: those of one split lie in several folders.
+    """
+    folders, wanted = _folders_of(dataset, source)
     splits = {split for task in tasks().values() if task.dataset == dataset for split in task.splits.values()}
-    found: dict[str, list[Path]] = {}
+    found: dict[str, dict[Path, list[Path]]] = {}
     for path in sorted({path for folder in folders for path in folder.rglob("*") if path.suffix in _ENDINGS}):
         folder = next(folder for folder in folders if path.is_relative_to(folder))
-        words = set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower()))
-        words |= {"validation"} if words & _VALIDATION else set()
-        split = max((split for split in splits if set(split.split("_")) <= words), key=len, default=None)
-        if split is None and config in ("axb", "axg"):
+        name = str(path.relative_to(folder))
+        split = max((split for split in splits if _is_called(name, split)), key=len, default=None)
+        if split is None and dataset in ("super_glue/axb", "super_glue/axg"):
             split = "test"  # The diagnostics have but one file, named after them.
-        if split is not None and not path.name.startswith(("dataset_info", "dataset_dict", "state")):
-            found.setdefault(split, []).append(path)
-    return found
+        if split is None or not wanted <= _words(name):
+            continue
+        if not path.name.startswith(("dataset_info", "dataset_dict", "state")):
+            found.setdefault(split, {}).setdefault(_place(path, folder, split), []).append(path)
+    for split, places in found.items():
+        _check_one_place(dataset, split, sorted(places), source)
+    return {split: [file for files in places.values() for file in files] for split, places in found.items()}
+
+
+def _folders_of(dataset: str, source: Path) -> tuple[list[Path], set[str]]:
+    """Where a dataset's files are, and the words that must be in their names: its own, if no folder is called so."""
+    family, _, config = dataset.partition("/")
+    folders = [folder for folder in [source, *source.rglob("*")] if folder.is_dir()]
+    names = [_simple(name) for name in _FOLDERS.get(dataset, (config or family,))]
+    for name in names:
+        if called := [folder for folder in folders if _simple(folder.name) == name]:
+            return called, set()
+    above = [_simple(part) for part in Path(os.path.abspath(source)).parts]
+    of_family = next((depth for depth, part in enumerate(above) if part.endswith(_simple(family))), len(above))
+    inside = not set(names).isdisjoint(above[of_family:])
+    return [source], set() if inside or not config else _words(config)
+
+
+def _place(file: Path, folder: Path, split: str) -> Path:
+    """The folder that holds a split: that of a file called after it, else the innermost that is called so itself."""
+    above = [parent for parent in file.parents if parent != folder and parent.is_relative_to(folder)]
+    called = [parent for parent in above if _is_called(parent.name, split)]
+    return file.parent if _is_called(file.name, split) or not called else called[0]
+
+
+def _check_one_place(dataset: str, split: str, places: list[Path], source: Path) -> None:
+    """Refuses a split in several folders, for they are most likely copies or versions of one another.
+
+    Raises:
+      UserError: it is.
+    """
+    if len(places) == 1:
+        return
+    # A folder that holds a single split cannot be an input, but the one above it can.
+    inputs = [place.parent if place != source and _is_called(place.name, split) else place for place in places[:2]]
+    first, second = inputs if inputs[0] != inputs[1] else places[:2]
+    nested = first.is_relative_to(second) or second.is_relative_to(first)
+    raise UserError(
+        f"The {split} split of {dataset} is both in {first} and in {second}: "
+        f"{'keep only one of them' if nested else 'give one of them as --input'}."
+    )
+
+
+def _is_called(name: str, split: str) -> bool:
+    """Whether a file's or folder's name tells of a split."""
+    words = set(re.findall(r"[a-z]+", name.lower()))
+    return set(split.split("_")) <= words | ({"validation"} if words & _VALIDATION else set())
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def _simple(name: str) -> str:
@@ -110,7 +165,7 @@ def _simple(name: str) -> str:
 
 def _rows(dataset: str, task: TextToTextTask, split: str, file: Path) -> Iterator[dict[str, Any]]:
     family, _, config = dataset.partition("/")
-    for number, record in enumerate(_records(file), start=1):
+    for number, record in _records(file):
         rows = superglue_files.rows_of(config, record) if family == "super_glue" else iter([dict(record)])
         try:
             for row in rows:
@@ -118,12 +173,12 @@ def _rows(dataset: str, task: TextToTextTask, split: str, file: Path) -> Iterato
                 yield row
         except UserError as error:
             raise UserError(f"{file}:{number} {error}.") from None
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise UserError(f"{file}:{number} is not laid out as {dataset} is (at {error}).") from None
 
 
-def _records(file: Path) -> Iterator[Mapping[str, Any]]:
-    """The records of a file, whatever its kind.
+def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The records of a file, whatever its kind, each with the number of its line, or of its row where it has none.
 
     Raises:
       UserError: the file cannot be read.
@@ -132,7 +187,10 @@ def _records(file: Path) -> Iterator[Mapping[str, Any]]:
 
     readers: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {".parquet": _parquet, ".arrow": _arrow}
     try:
-        yield from readers.get(file.suffix, _json_lines)(file)
+        if file.suffix in readers:
+            yield from enumerate(readers[file.suffix](file), start=1)
+        else:
+            yield from numbered_rows(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): is it whole?") from None
 
@@ -153,13 +211,6 @@ def _arrow(file: Path) -> Iterator[Mapping[str, Any]]:
         except pyarrow.ArrowInvalid:
             table = pyarrow.ipc.open_file(source).read_all()
         yield from map(plain, table.to_pylist())
-
-
-def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield parse_row(line, f"{file}:{number}")
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

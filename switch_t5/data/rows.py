@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +35,34 @@ def read_rows(task: TextToTextTask, split: str) -> list[Row]:
         raise ConfigError("EvaluationConfig.split", f"is {split!r}, but {task.name} has {', '.join(task.splits)}.")
     path = data_folder() / task.dataset / f"{task.splits[split]}.jsonl"
     if path.is_file():
-        rows, where = list(_lines(str(path), path.stat().st_mtime_ns)), str(path)
+        numbered, where = list(_lines(str(path), path.stat().st_mtime_ns)), str(path)
     else:
-        rows, where = _from_tfds(task, split), task.tfds
-    for number, row in enumerate(rows, start=1):
+        numbered, where = list(enumerate(_from_tfds(task, split), start=1)), task.tfds
+    for number, row in numbered:
         try:
             task.check(row, labelled=split != "test")
         except UserError as error:
             raise UserError(f"{where}:{number} {error}.") from None
-    return rows
+    return [row for _, row in numbered]
 
 
 @functools.lru_cache(maxsize=4)
-def _lines(path: str, modified: int) -> tuple[Row, ...]:
-    """The rows of a file, read once for tasks that share it."""
+def _lines(path: str, modified: int) -> tuple[tuple[int, Row], ...]:
+    """As `numbered_rows`, read once for tasks that share a file."""
     del modified
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    return tuple(numbered_rows(Path(path)))
+
+
+def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file of JSON lines, each with the number of its line; empty lines are skipped.
+
+    Raises:
+      UserError: a line is malformed.
+    """
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                rows.append(parse_row(line, f"{path}:{number}"))
-    return tuple(rows)
+                yield number, parse_row(line, f"{file}:{number}")
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class TextToTextTask:
         for field in (*self.fields, *(self.target_fields if labelled else ())):
             if row.get(field) is None:
                 has = ", ".join(map(repr, row)) or "none"
-                raise UserError(f"lacks the field {field!r} of {self.dataset}; it has {has}.{closest(field, row)}")
+                near = closest(field, row).replace(" Did", " (did").replace("?", "?)")
+                raise UserError(f"lacks the field {field!r} of {self.dataset}; it has {has}{near}")
         label = row.get("label")
         if self.labels is not None and label is not None and label != -1:
             known = range(len(self.labels))

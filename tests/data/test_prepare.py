@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_a_split_that_a_task_lacks_is_refused(output: Path) -> None:
     [
         (b'{"premise": "A"\n', r"train.jsonl:1 is not JSON: Expecting ',' delimiter at column 1"),
         (b'{"premise": "A", "hypothesis": "B", "label": "maybe"}\n', "train.jsonl:1 has the label 'maybe'"),
-        (b'\n{"premise": "A", "label": 0}\n', r"train.jsonl:\d lacks the field 'hypothesis' of super_glue/cb"),
+        (b'\n\n{"premise": "A", "label": 0}\n', "train.jsonl:3 lacks the field 'hypothesis' of super_glue/cb"),
         (b'{"premise": "\xff"}\n', "train.jsonl:1 is not UTF-8 at byte 14"),
         (b"[]\n", "train.jsonl:1 must be a JSON object, got list"),
     ],
@@ -147,6 +148,143 @@ def test_a_malformed_line_is_named_and_nothing_written(
     with pytest.raises(UserError, match=message):
         prepare("super_glue", tmp_path, output)
     assert not output.exists()
+
+
+def refused(family: str, source: Path, output: Path) -> str:
+    """The sentence that refuses a copy."""
+    with pytest.raises(UserError) as caught:
+        prepare(family, source, output)
+    return str(caught.value)
+
+
+BAD = CB[0] | {"label": 7}
+IS_BAD = "has the label 7; those of super_glue/cb are [0, 1, 2] or -1 for unknown."
+
+
+def test_a_bad_row_of_a_table_is_named_by_its_number(output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cb/train.parquet"
+    write_parquet(path, [CB[0], BAD])
+    assert refused("super_glue", tmp_path, output) == f"{path}:2 {IS_BAD}"
+
+
+def test_a_bad_row_of_json_lines_is_named_by_its_line(output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cb/train.jsonl"
+    path.parent.mkdir()
+    path.write_text(f"\n\n{json.dumps(BAD)}\n")
+    assert refused("super_glue", tmp_path, output) == f"{path}:3 {IS_BAD}"
+
+
+def test_a_bad_row_of_a_prepared_file_is_named_by_its_line(output: Path) -> None:
+    path = output / "super_glue/cb/train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"\n\n{json.dumps(BAD)}\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(get_task("super_glue_cb_v102"), "train")
+    assert str(caught.value) == f"{path}:3 {IS_BAD}"
+    path.write_text(f"\n{json.dumps(CB[0])}\n\n[]\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(get_task("super_glue_cb_v102"), "train")
+    assert str(caught.value) == f"{path}:4 must be a JSON object, got list."
+
+
+def test_nothing_is_written_of_a_dataset_with_a_bad_split(output: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "CB/train.jsonl", CB)
+    write_lines(tmp_path / "CB/val.jsonl", [CB[0], BAD])
+    assert refused("super_glue", tmp_path, output) == f"{tmp_path}/CB/val.jsonl:2 {IS_BAD}"
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("text"), TypeError("text"), IndexError("text"), AttributeError("text"), ValueError("text")]
+)
+def test_a_record_of_another_layout_is_named(
+    error: Exception, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows_of(config: str, record: Any) -> Iterator[dict[str, Any]]:
+        yield CB[0]
+        raise error
+
+    monkeypatch.setattr("switch_t5.data.superglue_files.rows_of", rows_of)
+    write_lines(tmp_path / "CB/train.jsonl", CB)
+    message = f"{tmp_path}/CB/train.jsonl:1 is not laid out as super_glue/cb is (at {error})."
+    assert refused("super_glue", tmp_path, output) == message
+
+
+WINOGRANDE = {"sentence": "_ ran.", "option1": "Ann", "option2": "Bob", "answer": "1"}
+QUESTION = {"question": "Who?", "answer": {"value": "Ann", "aliases": []}}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "folders", "file"),
+    [
+        ("winogrande", WINOGRANDE, ("winogrande_xl", "winogrande_xs"), "train-00000-of-00001.parquet"),
+        ("winogrande", WINOGRANDE, ("winogrande_xl", "winogrande_xs"), "train/data-00000-of-00001.parquet"),
+        ("trivia_qa", QUESTION, ("rc", "unfiltered.nocontext"), "train-00000-of-00001.parquet"),
+        ("cnn_dailymail", {"article": "A", "highlights": "B"}, ("1.0.0", "3.0.0"), "train-00000-of-00003.parquet"),
+        ("super_glue/cb", CB[0], ("cb/1.0.2/a1", "cb/1.0.3/b2"), "super_glue-train.parquet"),
+        ("super_glue/cb", CB[0], ("one/cb", "two/cb"), "train/part-0.parquet"),
+    ],
+)
+def test_versions_of_a_dataset_are_not_merged(
+    dataset: str, row: dict[str, Any], folders: tuple[str, str], file: str, output: Path, tmp_path: Path
+) -> None:
+    family = dataset.split("/")[0]
+    source = tmp_path / family
+    for folder in folders:
+        write_parquet(source / folder / file, [row])
+    message = f"The train split of {dataset} is both in {source}/{folders[0]} and in {source}/{folders[1]}"
+    assert refused(family, source, output) == f"{message}: give one of them as --input."
+    assert not output.exists()
+    (done,) = prepare(family, source / folders[1], output)
+    assert (done.dataset, done.split, done.rows) == (dataset, "train", 1)
+
+
+def test_a_copy_within_a_dataset_is_not_merged(output: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "cb/train.jsonl", CB)
+    write_lines(tmp_path / "cb/train/part-0.jsonl", CB)
+    message = f"The train split of super_glue/cb is both in {tmp_path}/cb and in {tmp_path}/cb/train"
+    assert refused("super_glue", tmp_path, output) == f"{message}: keep only one of them."
+
+
+def test_the_parts_of_a_split_are_joined(output: Path, tmp_path: Path) -> None:
+    for part, row in enumerate(CB):
+        write_lines(tmp_path / f"cb/train/part-{part}.jsonl", [row])
+        write_lines(tmp_path / f"cb/validation-0000{part}-of-00002.jsonl", [row])
+    done = prepare("super_glue", tmp_path, output)
+    assert {split.split: split.rows for split in done} == {"train": 2, "validation": 2}
+    assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
+
+
+@pytest.mark.parametrize("folders", [("wsc", "wsc.fixed"), ("wsc.fixed",)])
+def test_the_fixed_winograd_schemas_are_preferred(folders: tuple[str, ...], output: Path, tmp_path: Path) -> None:
+    row = {"span1_index": 0, "span1_text": "Mark", "span2_index": 2, "span2_text": "he", "idx": 0, "label": 1}
+    for folder in folders:
+        write_parquet(tmp_path / folder / "train-00000-of-00001.parquet", [row | {"text": f"Mark said he {folder}"}])
+    (done,) = prepare("super_glue", tmp_path, output)
+    assert (done.dataset, done.rows) == ("super_glue/wsc", 1)
+    (read,) = read_rows(get_task("super_glue_wsc_v102_simple_train"), "train")
+    assert read["text"] == "Mark said he wsc.fixed"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "plain_text/{split}_r{number}-00000-of-00001.parquet",
+        "{split}_r{number}-00000-of-00001.parquet",
+        "{split}_r{number}/data-00000-of-00001.parquet",
+        "r{number}/{split}.parquet",
+    ],
+)
+def test_the_rounds_of_anli_are_kept_apart(layout: str, output: Path, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        for split in ("train", "dev", "test"):
+            row = {"uid": "u", "premise": "A", "hypothesis": f"{split} {number}", "label": 0, "reason": ""}
+            write_parquet(tmp_path / "anli" / layout.format(split=split, number=number), [row])
+    assert len(prepare("anli", tmp_path / "anli", output)) == 9
+    for number in (1, 2, 3):
+        task = get_task(f"anli_r{number}")
+        read = {split: [row["hypothesis"] for row in read_rows(task, split)] for split in task.splits}
+        assert read == {"train": [f"train {number}"], "validation": [f"dev {number}"], "test": [f"test {number}"]}
 
 
 def test_what_cannot_be_prepared_is_refused(output: Path, tmp_path: Path) -> None:

@@ -259,8 +259,11 @@ def test_the_mixture_has_t5s_weights() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"passage": "p", "label": 1}, "lacks the field 'question' of super_glue/boolq; it has 'passage', 'label'."),
-        ({"passage": "p", "qestion": "q", "label": 1}, "Did you mean 'qestion'?"),
+        ({"passage": "p", "label": 1}, "lacks the field 'question' of super_glue/boolq; it has 'passage', 'label'$"),
+        (
+            {"passage": "p", "qestion": "q", "label": 1},
+            r"it has 'passage', 'qestion', 'label' \(did you mean 'qestion'\?\)$",
+        ),
         (
             {"passage": "p", "question": "q", "label": 2},
             r"has the label 2; those of super_glue/boolq are \[0, 1\] or -1",
