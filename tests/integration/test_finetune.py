@@ -80,9 +80,10 @@ def test_a_run_is_pre_trained_fine_tuned_scored_submitted_and_asked(
         "--gin.EvaluationConfig.num_examples=None",
     ).stdout
     assert json.loads(again)["tasks"][TASK]["accuracy"] == result["accuracy"]
-    program.call("eval", *config, "--submission", str(tmp_path / "sent"), f"--gin.EvaluationConfig.tasks=('{TASK}',)")
+    only = (f"--gin.EvaluationConfig.tasks=('{TASK}',)", "--gin.EvaluationConfig.num_examples=2")
+    program.call("eval", *config, "--submission", str(tmp_path / "sent"), *only)
     lines = [json.loads(line) for line in (tmp_path / "sent" / "BoolQ.jsonl").read_text().splitlines()]
-    assert [line["idx"] for line in lines] == list(range(5))
+    assert [line["idx"] for line in lines] == list(range(5))  # All rows, however few are scored.
     assert {line["label"] for line in lines} <= {"true", "false"}
 
     ask = [*config, "--task", TASK, "--input", str(tmp_path / "questions.jsonl")]
@@ -104,6 +105,8 @@ def test_a_run_is_pre_trained_fine_tuned_scored_submitted_and_asked(
     assert torn.read_bytes() == whole
     other = program.call("infer", *ask, "--output", str(torn), "--gin.DecodingConfig.seed=1", code=2).stderr
     assert "holds the answers to another input, checkpoint or decoding" in other
+    elsewhere = ("--checkpoint", str(tmp_path / "pretrained"), "--output", str(torn))
+    assert "another input, checkpoint or decoding" in program.call("infer", *ask, *elsewhere, code=2).stderr
     (tmp_path / "questions.jsonl").write_text("\n{\n" + rows[0] + "\n")
     assert "questions.jsonl:1 is empty; --skip_malformed" in program.call("infer", *ask, code=2).stderr
     left = program.call("infer", *ask, "--skip_malformed")
