@@ -14,15 +14,10 @@ from switch_t5.data.text_to_text import (
     Scores,
     TextToTextMixture,
     TextToTextTask,
+    classified,
     joined,
     label_numbers,
-    label_text,
 )
-
-
-def classified(prefix: str, labels: tuple[str, ...], keys: tuple[str, ...], row: Row) -> list[Example]:
-    """``prefix key: value ...`` to the label's text."""
-    return [Example(joined(prefix, row, keys), label_text(row, labels), row)]
 
 
 def similarity(row: Row) -> list[Example]:

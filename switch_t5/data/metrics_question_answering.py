@@ -10,7 +10,8 @@ from __future__ import annotations
 import collections
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,16 @@ Normalize = Callable[[str], str]
 
 def normalized(answer: str) -> str:
     """Lower case, without punctuation and articles, and single spaces, as SQuAD has it."""
-    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION)).split())
+    return _normalized(answer, _NO_PUNCTUATION)
 
 
 def normalized_trivia(answer: str) -> str:
     """As :func:`normalized`, but with spaces in the place of punctuation, as TriviaQA has it."""
-    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_SPACES_FOR_PUNCTUATION)).split())
+    return _normalized(answer, _SPACES_FOR_PUNCTUATION)
+
+
+def _normalized(answer: str, punctuation: Mapping[int, Any]) -> str:
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(punctuation)).split())
 
 
 def exact(target: str, prediction: str) -> float:

@@ -18,6 +18,7 @@ from switch_t5.data.text_to_text import (
     Scores,
     TextToTextMixture,
     TextToTextTask,
+    classified,
     joined,
     label_numbers,
     label_text,
@@ -46,11 +47,6 @@ _MENDED_WSC = {
 """The two texts of WSC whose ``span2_index`` is wrong, and what T5 writes for a part of each, with the pronoun."""
 
 _SENTENCE_HIGHLIGHT = re.compile(r"([.?!\"'])\n@highlight\n")
-
-
-def classified(prefix: str, labels: tuple[str, ...], keys: tuple[str, ...], row: Row) -> list[Example]:
-    """``prefix key: value ...`` to the label's text."""
-    return [Example(joined(prefix, row, keys), label_text(row, labels), row)]
 
 
 def diagnostic(row: Row) -> list[Example]:

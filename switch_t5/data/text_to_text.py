@@ -177,6 +177,11 @@ def label_text(row: Row, labels: Sequence[str]) -> str:
     return UNKNOWN if label is None or int(label) < 0 else labels[int(label)]
 
 
+def classified(prefix: str, labels: Sequence[str], keys: Sequence[str], row: Row) -> list[Example]:
+    """``prefix key: value ...`` to the label's text."""
+    return [Example(joined(prefix, row, keys), label_text(row, labels), row)]
+
+
 def label_numbers(texts: Sequence[str], labels: Sequence[str]) -> list[int]:
     """The numbers of labels by their texts, spaces around them aside; -1 for what is no label."""
     numbers = {label: number for number, label in enumerate(labels)}
