@@ -5,7 +5,7 @@ their stack; with many experts that takes as long as the products. All experts' 
 product that writes the stack itself.
 
 Experts that get less than their share are filled up, and those are products for nothing: where loads are skewed, all
-rows are left to the loop. Where a share is very few rows, half of it is tried before that.
+rows are left to the loop. Where a share is few rows, half of it is tried before that.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 _MOST = 128
 """Rows of an expert up to which the copies of its kernels count beside its products."""
 
-_HALVED = 32
-"""The largest share of which half is worth taking too: kernels take longer to read than to multiply by so few rows."""
+_HALVED = 64
+"""The largest share of which half is worth taking too: copying kernels counts beside multiplying by so few rows."""
 
 _FILLED = 0.65
 """The part of their places that rows must fill. Else the loop multiplies so many fewer that it is faster with its
