@@ -10,15 +10,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def times(
-    functions: Mapping[str, Callable[[], None]], repeats: int, warm_up: int = 1
+    functions: Mapping[str, Callable[[], None]],
+    repeats: int,
+    warm_up: int = 1,
+    statistic: Callable[[Iterable[float]], float] = statistics.median,
 ) -> dict[str, tuple[float, float]]:
-    """Median (wall, CPU) seconds of each function, called in turn; the first rounds warm up."""
+    """(Wall, CPU) seconds of each function, called in turn: medians, or another statistic; the first rounds warm up."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(warm_up + repeats):
         for name, function in functions.items():
@@ -26,7 +29,7 @@ def times(
             function()
             seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {
-        name: tuple(statistics.median(column) for column in zip(*pairs[warm_up:], strict=True))  # pyright: ignore
+        name: tuple(statistic(column) for column in zip(*pairs[warm_up:], strict=True))  # pyright: ignore
         for name, pairs in seconds.items()
     }
 

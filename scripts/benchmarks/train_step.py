@@ -2,12 +2,15 @@
 
     python scripts/benchmarks/train_step.py --json=train_step.json
     python scripts/benchmarks/train_step.py --experts=0,8 --peers
+    python scripts/benchmarks/train_step.py --fine_tuning
 
 Each row runs in a process of its own, which times the step (forward, backward, Adafactor) and the floor in turn, so
 that a noisy machine troubles both alike. The floor is one program of all the matrix multiplications that the step
 contains, forward and both of each one's derivatives, on arrays of the same shapes and batching, and nothing else.
 ``--peers`` times Hugging Face's model of the same sizes with its Adafactor, where transformers and torch are
 installed (``--peer_python`` names an interpreter that has them), alternating with this project's rows.
+``--fine_tuning`` times in the same turns the step of ``runs/finetune.gin`` on the same batch: dropout 0.1, and 0.4 in
+the experts.
 ``--large_pages`` gives every row, the peer's too, the malloc that ``switch-t5`` starts itself with.
 """
 
@@ -37,13 +40,16 @@ def main() -> int:
     add_common_flags(parser, repeats=15)
     parser.add_argument("--peers", action="store_true", help="also time Hugging Face's model")
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with transformers and torch")
+    parser.add_argument(
+        "--fine_tuning", action="store_true", help="also time a step of fine-tuning beside each of ours"
+    )
     parser.add_argument("--large_pages", action="store_true", help="ask malloc for large pages, as switch-t5 does")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peer_row", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     repeats = 3 if args.quick else args.repeats
     if args.row is not None:
-        print(json.dumps(measure(args.row, repeats)))
+        print(json.dumps(measure(args.row, repeats, fine_tuning=args.fine_tuning)))
         return 0
     if args.peer_row is not None:
         print(json.dumps(measure_peer(args.peer_row, repeats)))
@@ -55,7 +61,8 @@ def main() -> int:
     rows = []
     for experts in [0, 8] if args.quick else [int(word) for word in args.experts.split(",")]:
         timed = f"--repeats={repeats}"
-        rows.append(in_process(__file__, f"--row={experts}", timed, variables=allocator))
+        also = ["--fine_tuning"] if args.fine_tuning else []
+        rows.append(in_process(__file__, f"--row={experts}", timed, *also, variables=allocator))
         if args.peers and experts <= 64:
             rows.append(
                 in_process(__file__, f"--peer_row={experts}", timed, python=args.peer_python, variables=allocator)
@@ -68,10 +75,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, with the ratios that matter."""
     ours = {row["experts"]: row for row in rows if row["system"] == "switch_t5"}
     dense = ours.get(0)
-    lines = [
-        "| system | experts | wall s | CPU s | step / floor (wall) | over dense | tokens/s | peak MB | compile s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heading = (
+        "| system | experts | wall s | CPU s | step / floor (wall) | over dense | tokens/s | peak MB | compile s |"
+    )
+    if fine_tuning := any("fine_tuning_wall_seconds" in row for row in rows):
+        heading += " fine-tuning / step: wall | CPU |"
+    lines = [heading, "|---" * (heading.count("|") - 1) + "|"]
     for row in rows:
         floor = row.get("floor_wall_seconds")
         ratio = f"{row['wall_seconds'] / floor:.2f}" if floor else "–"
@@ -84,11 +93,51 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['system']} | {row['experts'] or 'dense'} | {row['wall_seconds']:.3f} | {row['cpu_seconds']:.3f} | "
             f"{ratio} | {over} | {row['tokens_per_second']:,.0f} | {row['peak_bytes'] / 1e6:,.0f} | {compile_seconds} |"
         )
+        if fine_tuning:
+            ratios = (_ratio(row, f"fine_tuning_{kind}_seconds", f"{kind}_seconds") for kind in ("wall", "cpu"))
+            lines[-1] += f" {' | '.join(ratios)} |"
     return "\n".join(lines)
 
 
-def measure(experts: int, repeats: int) -> dict[str, Any]:
+def _ratio(row: dict[str, Any], above: str, below: str) -> str:
+    return f"{row[above] / row[below]:.2f}" if above in row else "–"
+
+
+def measure(experts: int, repeats: int, *, fine_tuning: bool = False) -> dict[str, Any]:
     """One row of this project."""
+    import jax
+
+    from switch_t5.training.optimizers import adafactor
+    from switch_t5.training.schedules import rsqrt_decay
+
+    compiled, run_step, compile_seconds = _training(reference_config(experts), adafactor(rsqrt_decay()))
+    for _ in range(3):
+        run_step()
+    peak_bytes = peak_resident_bytes()  # Before the floor's arrays join in.
+    products, floor = _floor(experts)
+    timed = {"step": run_step, "floor": lambda: jax.block_until_ready(floor(products))}
+    if fine_tuning:
+        timed["fine_tuning"] = _fine_tuning(reference_config(experts))
+    seconds = times(timed, repeats)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    planned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    row: dict[str, Any] = {
+        "system": "switch_t5",
+        "experts": experts,
+        "tokens_per_second": TOKENS / seconds["step"][0],
+        "peak_bytes": peak_bytes,
+        "planned_bytes": planned + memory.temp_size_in_bytes,
+        "compile_seconds": compile_seconds,
+    }
+    for name, pair in seconds.items():
+        prefix = "" if name == "step" else f"{name}_"
+        row |= {f"{prefix}wall_seconds": pair[0], f"{prefix}cpu_seconds": pair[1]}
+    return row
+
+
+def _training(config: Any, factory: Any) -> tuple[Any, Callable[[], None], float]:
+    """A model's compiled step, what runs it on the benchmark's batch, and the compiler's seconds."""
     import functools
 
     import jax
@@ -97,17 +146,14 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
 
     from switch_t5.model.functional import Model
     from switch_t5.training.losses import LossConfig
-    from switch_t5.training.optimizers import adafactor
-    from switch_t5.training.schedules import rsqrt_decay
     from switch_t5.training.state import TrainState
     from switch_t5.training.step import train_step
 
-    model = Model(reference_config(experts))
-    optimizer = adafactor(rsqrt_decay())(model.axes)
+    model = Model(config)
+    optimizer = factory(model.axes)
     params = jax.jit(model.init)(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    random = np.random.default_rng(0)
-    batch = {name: jnp.asarray(value) for name, value in _batch(random).items()}
+    batch = {name: jnp.asarray(value) for name, value in _batch(np.random.default_rng(0)).items()}
     step = functools.partial(train_step, model=model, optimizer=optimizer, config=LossConfig())
     begin = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -118,26 +164,20 @@ def measure(experts: int, repeats: int) -> dict[str, Any]:
         state, metrics = compiled(state, batch)
         jax.block_until_ready((state, metrics))
 
-    for _ in range(3):
-        run_step()
-    peak_bytes = peak_resident_bytes()  # Before the floor's arrays join in.
-    products, floor = _floor(experts)
-    seconds = times({"step": run_step, "floor": lambda: jax.block_until_ready(floor(products))}, repeats)
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    planned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "system": "switch_t5",
-        "experts": experts,
-        "wall_seconds": seconds["step"][0],
-        "cpu_seconds": seconds["step"][1],
-        "floor_wall_seconds": seconds["floor"][0],
-        "floor_cpu_seconds": seconds["floor"][1],
-        "tokens_per_second": TOKENS / seconds["step"][0],
-        "peak_bytes": peak_bytes,
-        "planned_bytes": planned + memory.temp_size_in_bytes,
-        "compile_seconds": compile_seconds,
-    }
+    return compiled, run_step, compile_seconds
+
+
+def _fine_tuning(config: Any) -> Callable[[], None]:
+    """Runs a step of a model as ``runs/finetune.gin`` trains it."""
+    import dataclasses
+
+    from switch_t5.training.optimizers import adafactor
+    from switch_t5.training.parameter_groups import parameter_groups
+    from switch_t5.training.schedules import constant_schedule
+
+    moe = config.moe and dataclasses.replace(config.moe, expert_dropout_rate=0.4)
+    config = dataclasses.replace(config, moe=moe, dropout_rate=0.1)
+    return _training(config, parameter_groups(adafactor(constant_schedule(1e-3))))[1]
 
 
 def reference_config(experts: int) -> Any:

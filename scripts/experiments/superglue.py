@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args, given = _parse(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.model_dir or scratch).resolve()
-        data = {task: dealt(renamed(task, arrow_rows(args.rows / SOURCES[task]))) for task in args.tasks}
+        data = {task: dealt(rows_in(args.rows / SOURCES[task], task)) for task in args.tasks}
         _prepare(data, folder)
         pretrained, vocabulary = _pretrain(folder, args.pretrain_steps)
         accuracies: dict[str, dict[float, list[float]]] = {
@@ -77,21 +77,14 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, given
 
 
-def arrow_rows(folder: Path) -> list[Row]:
-    """The rows of the Arrow streams in a folder."""
+def rows_in(folder: Path, task: str) -> list[Row]:
+    """The rows of the Arrow streams in a folder, with SuperGLUE's names: the package keeps BoolQ and GLUE's RTE."""
     import pyarrow
 
+    from switch_t5.data.superglue_files import rows_of
+
     tables = (pyarrow.ipc.open_stream(path).read_all() for path in sorted(folder.rglob("*.arrow")))
-    return [row for table in tables for row in table.to_pylist()]
-
-
-def renamed(task: str, rows: Iterable[Row]) -> list[Row]:
-    """Rows with the fields that SuperGLUE has for them: the package keeps BoolQ and GLUE's RTE."""
-    names = {"boolq": {"answer": "label"}, "rte": {"sentence1": "premise", "sentence2": "hypothesis"}}.get(task, {})
-    return [
-        {names.get(name, name): int(value) if isinstance(value, bool) else value for name, value in row.items()}
-        for row in rows
-    ]
+    return [row for table in tables for record in table.to_pylist() for row in rows_of(task, record)]
 
 
 def dealt(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
+from switch_t5.checkpoint.folder import file_names, is_url, read_file
 from switch_t5.errors import UserError
+
+ITEM = "data"
+"""The folder of the positions in a checkpoint's."""
 
 
 class DataPositionsHandler(ocp.AsyncCheckpointHandler):
@@ -42,8 +47,7 @@ class DataPositionsHandler(ocp.AsyncCheckpointHandler):
         Raises:
           UserError: one that is asked for was not saved.
         """
-        # Before there were shards the one process's file was called process_0_of_1.
-        files = {path.name.partition("_")[2]: path for path in directory.iterdir() if "_of_" in path.name}
+        files = {_shard(path.name): path for path in directory.iterdir() if _shard(path.name)}
         wanted = files if args.names is None else args.names
         for name in wanted:
             if name not in files:
@@ -53,6 +57,26 @@ class DataPositionsHandler(ocp.AsyncCheckpointHandler):
                     "DataConfig.num_shards as it was."
                 )
         return {name: files[name].read_bytes() for name in wanted}
+
+
+def _shard(file: str) -> str:
+    """The name of the position that a file holds, such as ``0_of_4``; empty for other files."""
+    # Before there were shards the one process's file was called process_0_of_1.
+    return file.partition("_")[2] if "_of_" in file else ""
+
+
+def open_position(checkpoint: str) -> BinaryIO | None:
+    """One of the positions of a checkpoint, all of which say what is read; None where it has none.
+
+    Args:
+      checkpoint: its folder, on a disk or at a URL.
+    """
+    folder = f"{checkpoint}/{ITEM}"
+    files = sorted(name for name in file_names(folder) if _shard(name))
+    if not files:
+        return None
+    # They hold the text that is being shuffled, and on a disk need not be read whole.
+    return io.BytesIO(read_file(folder, files[0]) or b"") if is_url(folder) else open(f"{folder}/{files[0]}", "rb")
 
 
 @ocp.args.register_with_handler(DataPositionsHandler, for_save=True)

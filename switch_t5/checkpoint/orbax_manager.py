@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from switch_t5.checkpoint import naming
-from switch_t5.checkpoint.data_positions import DataPositionsHandler, DataPositionsRestore, DataPositionsSave
+from switch_t5.checkpoint.data_positions import ITEM, DataPositionsHandler, DataPositionsRestore, DataPositionsSave
 from switch_t5.checkpoint.manifest import ManifestHandler, ManifestSave
 from switch_t5.checkpoint.piecewise import Piecewise, PiecewiseHandler, of_shards, registry
 from switch_t5.checkpoint.retention import CheckpointConfig, manager_options
@@ -134,8 +134,8 @@ def make_manager(
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeSave, arrays)
     handlers.add("state", ocp.args.PyTreeRestore, arrays)
-    handlers.add("data", DataPositionsSave, data)
-    handlers.add("data", DataPositionsRestore, data)
+    handlers.add(ITEM, DataPositionsSave, data)
+    handlers.add(ITEM, DataPositionsRestore, data)
     manifest = ManifestHandler()
     handlers.add("manifest", ManifestSave, manifest)
     before_commit = None if read_only else manifest.check_written

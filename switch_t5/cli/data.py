@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FOLDER", help="by default SWITCH_T5_DATA_DIR, or ~/.cache/switch_t5/data, where tasks look"
     )
 
+    prepare.add_argument(
+        "--skip_malformed", action="store_true", help="leave out rows that cannot be used, and count them"
+    )
+
     vocabulary = commands.add_parser("vocabulary", help="train a SentencePiece vocabulary")
     vocabulary.add_argument(
         "--input",
@@ -69,8 +73,11 @@ def _prepare(args: argparse.Namespace) -> int:
     from switch_t5.data.rows import data_folder
 
     output = data_folder() if args.output is None else Path(args.output)
-    for split in prepare(args.dataset, Path(args.input), output):
+    for split in prepare(args.dataset, Path(args.input), output, skip_malformed=args.skip_malformed):
         print(f"{split.dataset} {split.split}: {split.rows} rows in {split.path}")
+        if split.malformed:
+            first = split.malformed[0]
+            print(f"{len(split.malformed)} malformed left out, the first: {first}.", file=sys.stderr)
     return 0
 
 

@@ -14,6 +14,7 @@ from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
     from switch_t5.cli.build import Run
+    from switch_t5.data.text_to_text import Scores
     from switch_t5.inference.task_scores import TaskResult
     from switch_t5.types import Params
 
@@ -35,7 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="score the field 'prediction' of these JSON lines, one for each example of the task; no model is read",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="FOLDER",
+        help="where to append to metrics.jsonl, and to draw TensorBoard's curves, as training does in its MODEL_DIR",
+    )
     add_json_flag(parser)
+
+
+_EXCLUDED = {
+    "score_file": ("submission", "predictions", "checkpoint", "metrics"),
+    "submission": ("json", "metrics"),
+}
+"""Flags that have no effect beside another."""
+
+_NONE_LATER = 2**62
+"""A step that no entry is of, so that none of those that were written before is taken back."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.unigram_batches < 1:
         raise UserError(f"--unigram_batches must be at least 1, got {args.unigram_batches}.")
+    for flag, excluded in _EXCLUDED.items():
+        if getattr(args, flag) is not None and (others := [name for name in excluded if getattr(args, name)]):
+            raise UserError(f"--{others[0]} has no effect with --{flag}: leave it out, or run the command once more.")
     run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
     if args.score_file is not None:
         return _score_file(run, args)
@@ -56,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if scorer is None and not run.spec.train.eval_batches:
         raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
     params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
-    result: dict[str, Any] = {"step": step, "task": run.spec.data.mixture_or_task_name}
-    if run.spec.train.eval_batches:
-        result |= _held_out(run, params, args.unigram_batches)
+    held_out = _held_out(run, params, args.unigram_batches) if run.spec.train.eval_batches else {}
+    name = run.spec.data.mixture_or_task_name
+    measured: dict[str, Scores] = {name: held_out} if held_out else {}
+    result: dict[str, Any] = {"step": step, "task": name, **held_out}
     for name, value in result.items():
         print(f"{name:13} {value:.4f}" if isinstance(value, float) else f"{name:13} {value}", file=sys.stderr)
     if scorer is not None:
@@ -66,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         print(table(results), file=sys.stderr)
         _write_predictions(if_first(args.predictions), results)
         result["tasks"] = {name: task.scores for name, task in results.items()}
+        measured |= result["tasks"]
+    _record(if_first(args.metrics), step, measured)
     write_json(result, if_first(args.json))
     return 0
 
@@ -96,16 +118,34 @@ def table(results: dict[str, TaskResult]) -> str:
     return "\n".join(lines)
 
 
-def _held_out(run: Run, params: Params, unigram_batches: int) -> dict[str, Any]:
+def _held_out(run: Run, params: Params, unigram_batches: int) -> Scores:
     """The held-out loss, and that of word frequencies."""
     from switch_t5.data.pipeline import unigram_counts, unigram_loss
 
     data, train = run.spec.data, run.spec.train
-    result: dict[str, Any] = dict(run.evaluate(params))
+    result: Scores = dict(run.evaluate(params))
     words = unigram_counts(dataclasses.replace(data, split="validation"), train.eval_batches)
     result["perplexity"] = math.exp(result["loss"])
     result["unigram_loss"] = unigram_loss(unigram_counts(data, unigram_batches), words)
     return result
+
+
+def _record(folder: str | None, step: int, measured: dict[str, Scores]) -> None:
+    """Appends what was measured to a folder's files."""
+    from switch_t5.storage import writable_directory
+    from switch_t5.training.loop import record_evaluation
+    from switch_t5.training.metrics_file import MetricsFile
+    from switch_t5.training.tensorboard import TensorBoard
+
+    if folder is None:
+        return
+    path = writable_directory(folder, "The metrics' folder")
+    with (
+        MetricsFile(path / "metrics.jsonl", _NONE_LATER) as metrics,
+        TensorBoard(path / "tensorboard", _NONE_LATER) as tensorboard,
+    ):
+        for task, values in measured.items():
+            record_evaluation(metrics, tensorboard, step, task, values)
 
 
 def _write_predictions(folder: str | None, results: dict[str, TaskResult]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from switch_t5.data.rows import decoded, parse_row
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors
 
@@ -156,21 +157,10 @@ def _inputs(
 
 
 def _text_of(line: bytes, plain: bool, to_text: Callable[[dict[str, Any]], str]) -> str:
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 at byte {error.start + 1}") from None
+    text = decoded(line).rstrip("\r\n")
     if not text.strip():
         raise UserError("is empty")
-    if plain:
-        return text
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"must be a JSON object, got {type(row).__name__}")
-    return to_text(row)
+    return text if plain else to_text(parse_row(line))
 
 
 def _chunks(source: Iterator[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:
@@ -187,7 +177,8 @@ def _chunks(source: Iterator[tuple[int, str]], size: int) -> Iterator[Sequence[t
 def _description(run: Run, args: argparse.Namespace, step: int) -> dict[str, Any]:
     """What decides the answers: an output file that was begun with something else is not gone on with."""
     from switch_t5.checkpoint.folder import is_url
-    from switch_t5.data.pipeline import get_vocabulary, vocabulary_fingerprint
+    from switch_t5.data.pipeline import get_vocabulary
+    from switch_t5.data.vocabularies import vocabulary_fingerprint
 
     checkpoint = args.checkpoint or run.spec.train.model_dir
     return {

@@ -6,18 +6,19 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switch_t5.errors import ConfigError, UserError
+from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
     from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import Run
     from switch_t5.cli.configuration import Configuration
     from switch_t5.data.pipeline import BatchIterator
+    from switch_t5.data.truncation import Truncation
     from switch_t5.training.loop import Recorder
     from switch_t5.training.state import TrainState
     from switch_t5.training.step import Metrics
@@ -104,6 +105,7 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, Batc
       UserError: the data or the teacher cannot be used; nothing was written.
     """
     from switch_t5.cli.trained import load_teacher
+    from switch_t5.cli.trained_vocabulary import check_embedding
     from switch_t5.data.pipeline import BatchIterator
 
     pool = ThreadPoolExecutor(1)
@@ -111,7 +113,7 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, Batc
         compiled = pool.submit(run.compile_train_step)
         with configuration.locating_errors():
             batches = BatchIterator(run.spec.data, repeat=True, rows=run.rows)
-            check_vocabulary(run, batches)
+            check_embedding(run)
             if run.spec.train.eval_batches:
                 _ = run.evaluation_batches
             _ = run.scorer
@@ -149,21 +151,6 @@ def _write_configuration(configuration: Configuration, model_dir: Path) -> None:
         os.replace(temporary, path)
 
 
-def check_vocabulary(run: Run, batches: BatchIterator) -> None:
-    """Checks that every token has a row in the embedding.
-
-    Raises:
-      ConfigError: it has not.
-    """
-    size, rows = batches.vocabulary.vocab_size, run.spec.transformer.vocab_size
-    if size > rows:
-        raise ConfigError(
-            "TransformerConfig.vocab_size",
-            f"is {rows}, smaller than the vocabulary's {size} entries; {-(-size // 128) * 128} is the next "
-            "multiple of 128.",
-        )
-
-
 def _first_state(run: Run, checkpointer: Checkpointer, batches: BatchIterator) -> TrainState:
     """The run's last checkpoint, with the data positioned after it, or a new state."""
     if checkpointer.latest_step() is not None:
@@ -189,6 +176,7 @@ def _banner(run: Run, first_step: int) -> None:
     """Says what is about to happen, and how large it is."""
     import jax
 
+    from switch_t5.data.truncation import find_truncation
     from switch_t5.planning.counts import active_parameter_count, forward_flops, parameter_count
 
     spec, model = run.spec, run.model
@@ -207,9 +195,16 @@ def _banner(run: Run, first_step: int) -> None:
         f"batch       {spec.data.batch_size} x ({lengths['inputs']} + {lengths['targets']}) = {tokens:,} tokens a step",
         f"work        {flops:.3e} floating-point operations a step",
         f"data        {spec.data.mixture_or_task_name}{_sharing(spec.data.num_shards)}",
+        *(f"cut         {_told(task, lengths)}" for task in find_truncation(spec.data) if any(task.cut.values())),
         f"run         {spec.train.model_dir}, from step {first_step} to {spec.train.train_steps}",
     )
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _told(task: Truncation, lengths: Mapping[str, int]) -> str:
+    """What of a task is cut, in words."""
+    cut = ", ".join(f"{count} {feature} to {lengths[feature]} tokens" for feature, count in task.cut.items() if count)
+    return f"{cut}, of the first {task.examples} examples of {task.task}"
 
 
 def _sharing(num_shards: int) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switch_t5.cli.trained_vocabulary import check_embedding, check_vocabulary
 from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def load_params(run: Run, path: str) -> tuple[Params, int]:
-    """The parameters of a run's model out of a checkpoint, see :func:`load_model`."""
+    """The parameters of a run's model out of a checkpoint of its vocabulary, see :func:`load_model`."""
+    check_vocabulary(run, path)
     return load_model(run.spec.transformer, run.abstract_state.params, path)
 
 
@@ -33,6 +35,7 @@ def load_teacher(run: Run) -> Params | None:
     if run.teacher is None or distillation is None:
         return None
     try:
+        check_vocabulary(run, distillation.checkpoint_path)
         return load_model(run.teacher.config, run.abstract_teacher, distillation.checkpoint_path)[0]
     except UserError as error:
         raise UserError(f"DistillationConfig.checkpoint_path: {error}") from error
@@ -76,6 +79,7 @@ def load_state(run: Run, path: str) -> TrainState:
     """Parameters, optimizer and step of a checkpoint, to go on from in another run."""
     from switch_t5.checkpoint import load
 
+    check_vocabulary(run, path)
     restored = _restored(path, "", run.abstract_state)
     return load.load_state(path, run.spec.transformer, run.abstract_state) if restored is None else restored[0]
 
@@ -84,6 +88,7 @@ def upcycled_state(run: Run, path: str, upcycling: UpcyclingConfig) -> TrainStat
     """The start of a sparse model from a dense checkpoint, see :mod:`switch_t5.checkpoint.upcycling`."""
     from switch_t5.checkpoint.upcycling import upcycle
 
+    check_vocabulary(run, path)
     whole = run.spec.train.initial_checkpoint_optimizer
     abstract = run.abstract_state if whole else {"params": run.abstract_state.params}
     made = upcycle(path, run.spec.transformer, upcycling, abstract, run.new_params, optimizer=whole)
@@ -95,6 +100,7 @@ def student_state(run: Run, path: str) -> TrainState:
     from switch_t5.checkpoint.student import start_student
 
     try:
+        check_vocabulary(run, path)
         return run.with_params(start_student(path, run.spec.transformer, run.init_state().params))
     except UserError as error:
         raise UserError(f"DistillationConfig.checkpoint_path: {error}") from error
@@ -120,4 +126,6 @@ def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Se
     if not Path(spec.train.model_dir).is_dir():
         raise UserError(f"MODEL_DIR {spec.train.model_dir} does not exist: train first, or name the folder of a run.")
     with configuration.locating_errors():
-        return Run(spec)
+        run = Run(spec)
+        check_embedding(run)
+    return run

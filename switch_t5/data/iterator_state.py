@@ -13,7 +13,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 from switch_t5.errors import UserError
 
@@ -58,13 +58,8 @@ def restore(iterator: Any, state: bytes, description: Mapping[str, Any]) -> None
     """
     from switch_t5.data.tensorflow_runtime import tf
 
-    try:
-        files = zipfile.ZipFile(io.BytesIO(state))
-        saved = json.loads(files.read(_DESCRIPTION))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
-        raise UserError("The saved position in the data is damaged: it cannot be read.") from None
-    check_same(saved, json.loads(json.dumps(description)))
-    with _memory_folder() as folder:
+    check_same(saved_description(io.BytesIO(state)), json.loads(json.dumps(description)))
+    with _memory_folder() as folder, zipfile.ZipFile(io.BytesIO(state)) as files:
         for name in files.namelist():
             if name != _DESCRIPTION:
                 with tf.io.gfile.GFile(f"{folder}/{name}", "wb") as file:
@@ -76,6 +71,19 @@ def restore(iterator: Any, state: bytes, description: Mapping[str, Any]) -> None
                 "The saved position in the data does not fit this pipeline: it was saved by another version "
                 "of switch_t5, seqio or TensorFlow."
             ) from None
+
+
+def saved_description(state: BinaryIO) -> dict[str, Any]:
+    """Returns what `save`, whose result the file holds, was told that the iterator reads.
+
+    Raises:
+      UserError: the state is not one.
+    """
+    try:
+        with zipfile.ZipFile(state) as files:
+            return json.loads(files.read(_DESCRIPTION))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
+        raise UserError("The saved position in the data is damaged: it cannot be read.") from None
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from switch_t5.data.text_to_text import Example, Scores, label_numbers
+
 Numbers = Sequence[int]
 """Labels by number; -1 for a prediction that is none."""
 
@@ -19,6 +21,12 @@ Numbers = Sequence[int]
 def accuracy(targets: Numbers, predictions: Numbers) -> float:
     """The share of predictions that are right."""
     return 100 * float(np.mean(np.equal(targets, predictions)))
+
+
+def label_scores(labels: tuple[str, ...], examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
+    """``accuracy`` of texts that are labels."""
+    targets = label_numbers([example.targets for example in examples], labels)
+    return {"accuracy": accuracy(targets, label_numbers(predictions, labels))}
 
 
 def mean_f1(targets: Numbers, predictions: Numbers, num_labels: int) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from switch_t5.data import iterator_state, tasks
-from switch_t5.data.vocabularies import EXTRA_IDS
+from switch_t5.data.vocabularies import EXTRA_IDS, vocabulary_fingerprint
 from switch_t5.errors import ConfigError, UserError, check_types
 
 if TYPE_CHECKING:
@@ -317,11 +316,3 @@ def _dataset(
     options = tf.data.Options()
     options.deterministic = True
     return dataset.with_options(options)
-
-
-def vocabulary_fingerprint(vocabulary: seqio.Vocabulary) -> str:
-    """Tells vocabularies apart by their pieces; those without a model of pieces by kind and size."""
-    model: Any = getattr(vocabulary, "sp_model", None)
-    if model is None:
-        return f"{type(vocabulary).__name__}, {vocabulary.vocab_size} entries"
-    return hashlib.sha256(model).hexdigest()

@@ -10,15 +10,22 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switch_t5.data import superglue_files
-from switch_t5.data.rows import numbered_rows, plain
-from switch_t5.data.text_to_text import TextToTextTask, tasks
+from switch_t5.data.rows import numbered_lines, parse_row, plain
+from switch_t5.data.text_to_text import Row, TextToTextTask, tasks
 from switch_t5.errors import UserError, closest
 from switch_t5.storage import storage_errors, writable_directory
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Record = Callable[[], Mapping[str, Any]]
+"""Gives a row of a file as it stands there; raises a UserError, a clause, where it cannot be read."""
 
 _ENDINGS = (".parquet", ".arrow", ".jsonl", ".json")
 _VALIDATION = {"val", "dev"}
@@ -35,12 +42,14 @@ class Prepared:
       split: ``train``, ``validation`` or ``test``.
       rows: how many it has.
       path: the file.
+      malformed: what is wrong with each row that was left out.
     """
 
     dataset: str
     split: str
     rows: int
     path: Path
+    malformed: tuple[str, ...] = ()
 
 
 def families() -> list[str]:
@@ -48,13 +57,14 @@ def families() -> list[str]:
     return sorted({task.dataset.split("/")[0] for task in tasks().values()})
 
 
-def prepare(family: str, source: Path, output: Path) -> list[Prepared]:
+def prepare(family: str, source: Path, output: Path, *, skip_malformed: bool = False) -> list[Prepared]:
     """Writes ``output/<dataset>/<split>.jsonl`` for every dataset of a family that ``source`` has.
 
     Args:
       family: such as ``super_glue``.
       source: a folder: the family's, with a folder for each dataset, or that of its only dataset.
       output: see :func:`switch_t5.data.rows.data_folder`.
+      skip_malformed: leaves malformed rows out instead of refusing the dataset.
 
     Raises:
       UserError: there is no such family or folder, no file of it, or a dataset has a malformed row or one split in
@@ -69,14 +79,15 @@ def prepare(family: str, source: Path, output: Path) -> list[Prepared]:
     for dataset, task in {task.dataset: task for task in tasks().values()}.items():
         if dataset.split("/")[0] != family:
             continue
-        read = {
-            split: [row for file in files for row in _rows(dataset, task, split, file)]
-            for split, files in _files_of(dataset, source).items()
-        }
-        for split, rows in read.items():
+        read: dict[str, tuple[list[Row], list[str]]] = {}
+        for split, files in _files_of(dataset, source).items():
+            malformed = [] if skip_malformed else None
+            rows = [row for file in files for row in _rows(dataset, task, split, file, malformed)]
+            read[split] = rows, malformed or []
+        for split, (rows, malformed) in read.items():
             path = writable_directory(output / dataset, "The data folder") / f"{split}.jsonl"
             _write(path, rows)
-            done.append(Prepared(dataset, split, len(rows), path))
+            done.append(Prepared(dataset, split, len(rows), path, tuple(malformed)))
     if not done:
         wanted = sorted({task.dataset for task in tasks().values() if task.dataset.split("/")[0] == family})
         raise UserError(
@@ -163,21 +174,35 @@ def _simple(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _rows(dataset: str, task: TextToTextTask, split: str, file: Path) -> Iterator[dict[str, Any]]:
-    family, _, config = dataset.partition("/")
+def _rows(dataset: str, task: TextToTextTask, split: str, file: Path, malformed: list[str] | None) -> Iterator[Row]:
+    """The rows of a file; what is wrong with others goes into ``malformed``, without which it is raised."""
     for number, record in _records(file):
-        rows = superglue_files.rows_of(config, record) if family == "super_glue" else iter([dict(record)])
         try:
-            for row in rows:
-                task.check(row, labelled=split != "test")
-                yield row
+            yield from _checked(dataset, task, split, record)
         except UserError as error:
-            raise UserError(f"{file}:{number} {error}.") from None
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise UserError(f"{file}:{number} is not laid out as {dataset} is (at {error}).") from None
+            if malformed is None:
+                raise UserError(f"{file}:{number} {error}; --skip_malformed leaves such rows out.") from None
+            malformed.append(f"{file}:{number} {error}")
 
 
-def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _checked(dataset: str, task: TextToTextTask, split: str, record: Record) -> Sequence[Row]:
+    """The rows of a record.
+
+    Raises:
+      UserError: a clause that says what is wrong with it.
+    """
+    family, _, config = dataset.partition("/")
+    read = record()
+    try:
+        rows = list(superglue_files.rows_of(config, read)) if family == "super_glue" else [dict(read)]
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise UserError(f"is not laid out as {dataset} is (at {error})") from None
+    for row in rows:
+        task.check(row, labelled=split != "test")
+    return rows
+
+
+def _records(file: Path) -> Iterator[tuple[int, Record]]:
     """The records of a file, whatever its kind, each with the number of its line, or of its row where it has none.
 
     Raises:
@@ -185,35 +210,37 @@ def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """
     import pyarrow
 
-    readers: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {".parquet": _parquet, ".arrow": _arrow}
+    readers: dict[str, Callable[[Path], pyarrow.Table]] = {".parquet": _parquet, ".arrow": _arrow}
     try:
         if file.suffix in readers:
-            yield from enumerate(readers[file.suffix](file), start=1)
+            rows = readers[file.suffix](file).to_pylist()
+            yield from ((number, partial(plain, row)) for number, row in enumerate(rows, start=1))
         else:
-            yield from numbered_rows(file)
+            yield from ((number, partial(parse_row, line)) for number, line in numbered_lines(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} has text that is not UTF-8 ({error.object!r}).") from None
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): is it whole?") from None
 
 
-def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet(file: Path) -> pyarrow.Table:
     from pyarrow import parquet
 
-    yield from map(plain, parquet.read_table(file).to_pylist())
+    return parquet.read_table(file)
 
 
-def _arrow(file: Path) -> Iterator[Mapping[str, Any]]:
+def _arrow(file: Path) -> pyarrow.Table:
     """An Arrow stream, as Hugging Face's library keeps them, or an Arrow file."""
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as source:
         try:
-            table = pyarrow.ipc.open_stream(source).read_all()
+            return pyarrow.ipc.open_stream(source).read_all()
         except pyarrow.ArrowInvalid:
-            table = pyarrow.ipc.open_file(source).read_all()
-        yield from map(plain, table.to_pylist())
+            return pyarrow.ipc.open_file(source).read_all()
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: list[Row]) -> None:
     with storage_errors(f"Writing {path}"):
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from switch_t5.data.metrics_classification import accuracy
+from switch_t5.data.metrics_classification import label_scores
 from switch_t5.data.metrics_question_answering import answer_scores, normalized_trivia
 from switch_t5.data.text_to_text import (
     UNKNOWN,
@@ -21,7 +21,6 @@ from switch_t5.data.text_to_text import (
     Scores,
     TextToTextTask,
     joined,
-    label_numbers,
     label_text,
 )
 
@@ -98,12 +97,6 @@ def anli(row: Row) -> list[Example]:
     return [Example(joined("anli", shown), label_text(row, _ANLI), row)]
 
 
-def same_label(labels: tuple[str, ...], examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
-    """``accuracy``."""
-    targets = label_numbers([example.targets for example in examples], labels)
-    return {"accuracy": accuracy(targets, label_numbers(predictions, labels))}
-
-
 def _closed_book(name: str, dataset: str, tfds: str, prefix: str, answer: str) -> TextToTextTask:
     return TextToTextTask(
         name=name,
@@ -125,7 +118,7 @@ def _choices(
     labels: tuple[str, ...],
     fields: tuple[str, ...],
 ) -> TextToTextTask:
-    return TextToTextTask(name, dataset, tfds, examples, partial(same_label, labels), fields)
+    return TextToTextTask(name, dataset, tfds, examples, partial(label_scores, labels), fields)
 
 
 _ARC_CHOICES = tuple(f"choice{number}" for number in range(1, 6))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,8 @@ def data_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "switch_t5" / "data")
 
 
-def read_rows(task: TextToTextTask, split: str) -> list[Row]:
-    """The rows of a task's split, each checked.
+def read_rows(task: TextToTextTask, split: str, most: int | None = None) -> list[Row]:
+    """The rows of a task's split, each checked; the first ``most`` of them where that is given.
 
     Raises:
       UserError: they are nowhere (says where they were looked for and what prepares them), or a row is malformed.
@@ -35,9 +36,10 @@ def read_rows(task: TextToTextTask, split: str) -> list[Row]:
         raise ConfigError("EvaluationConfig.split", f"is {split!r}, but {task.name} has {', '.join(task.splits)}.")
     path = data_folder() / task.dataset / f"{task.splits[split]}.jsonl"
     if path.is_file():
-        numbered, where = list(_lines(str(path), path.stat().st_mtime_ns)), str(path)
+        lines = numbered_rows(path) if most else _lines(str(path), path.stat().st_mtime_ns)
+        numbered, where = list(itertools.islice(lines, most)), str(path)
     else:
-        numbered, where = list(enumerate(_from_tfds(task, split), start=1)), task.tfds
+        numbered, where = list(enumerate(_from_tfds(task, split, most), start=1)), task.tfds
     for number, row in numbered:
         try:
             task.check(row, labelled=split != "test")
@@ -59,30 +61,47 @@ def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
       UserError: a line is malformed.
     """
+    for number, line in numbered_lines(file):
+        try:
+            yield number, parse_row(line)
+        except UserError as error:
+            raise UserError(f"{file}:{number} {error}.") from None
+
+
+def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, each with its number from 1; empty ones are skipped."""
     with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, parse_row(line, f"{file}:{number}")
+        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def parse_row(line: bytes, where: str) -> dict[str, Any]:
+def parse_row(line: bytes) -> dict[str, Any]:
     """A line as a JSON object.
 
     Raises:
-      UserError: it is none.
+      UserError: a clause that says what it is instead.
     """
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 at byte {error.start + 1}.") from None
+        row = json.loads(decoded(line))
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+        raise UserError(f"is not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}.")
+        raise UserError(f"must be a JSON object, got {type(row).__name__}")
     return row
 
 
-def _from_tfds(task: TextToTextTask, split: str) -> list[Row]:
+def decoded(text: bytes) -> str:
+    """Bytes as text.
+
+    Raises:
+      UserError: a clause that says where they are no text.
+    """
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 at byte {error.start + 1}") from None
+
+
+def _from_tfds(task: TextToTextTask, split: str, most: int | None) -> list[Row]:
     from switch_t5.data.tensorflow_runtime import tfds
 
     folders = map(str, tfds.core.utils.file_utils.list_data_dirs())  # pyright: ignore[reportAttributeAccessIssue]
@@ -97,15 +116,25 @@ def _from_tfds(task: TextToTextTask, split: str) -> list[Row]:
         )
     builder = tfds.builder_from_directory(prepared[0])
     rows: Any = builder.as_dataset(split=task.splits[split], shuffle_files=False)  # pyright: ignore[reportCallIssue]
-    return [plain(row) for row in tfds.as_numpy(rows)]
+    found = []
+    for number, row in enumerate(itertools.islice(tfds.as_numpy(rows), most), start=1):
+        try:
+            found.append(plain(row))
+        except UserError as error:
+            raise UserError(f"{task.tfds}:{number} {error}.") from None
+    return found
 
 
 def plain(value: Any) -> Any:
-    """A row of TFDS, pandas or Arrow in JSON's own types."""
+    """A row of TFDS, pandas or Arrow in JSON's own types.
+
+    Raises:
+      UserError: see :func:`decoded`.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        return decoded(value)
     if isinstance(value, np.ndarray):
         return [plain(entry) for entry in value.tolist()]
     if isinstance(value, list | tuple):

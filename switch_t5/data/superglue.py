@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from switch_t5.data.metrics_classification import accuracy, exact_match_by_group, f1, mean_f1
+from switch_t5.data.metrics_classification import accuracy, exact_match_by_group, f1, label_scores, mean_f1
 from switch_t5.data.metrics_question_answering import answer_scores
 from switch_t5.data.text_to_text import (
     UNKNOWN,
@@ -118,12 +118,6 @@ def refers_to(candidate: str, prediction: str) -> int:
         return -1
     alike = ("'" in "".join(said)) == ("'" in "".join(right))
     return int(alike and (said <= right or right <= said))
-
-
-def label_scores(labels: tuple[str, ...], examples: Sequence[Example], predictions: Sequence[str]) -> Scores:
-    """``accuracy``."""
-    targets = label_numbers([example.targets for example in examples], labels)
-    return {"accuracy": accuracy(targets, label_numbers(predictions, labels))}
 
 
 def commitment_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -76,6 +77,27 @@ def count_sentinels(vocabulary: seqio.Vocabulary) -> int:
     if tokenizer is None:
         return 0
     return sum(bool(_SENTINEL.fullmatch(tokenizer.IdToPiece(i))) for i in range(tokenizer.GetPieceSize()))
+
+
+def vocabulary_fingerprint(vocabulary: seqio.Vocabulary) -> str:
+    """Tells vocabularies apart by their pieces; those without a model of pieces by kind and size."""
+    model: Any = getattr(vocabulary, "sp_model", None)
+    if model is None:
+        return f"{type(vocabulary).__name__}, {vocabulary.vocab_size} entries"
+    return hashlib.sha256(model).hexdigest()
+
+
+def begins_with_pieces_of(vocabulary: seqio.Vocabulary, path: str) -> bool:
+    """Whether the first pieces of a vocabulary are those of a SentencePiece model's file.
+
+    Raises:
+      UserError: the file cannot be read or is no such model.
+    """
+    tokenizer: Any = getattr(vocabulary, "tokenizer", None)
+    pieces = _read_pieces(path)
+    if tokenizer is None or tokenizer.GetPieceSize() < len(pieces):
+        return False
+    return pieces == [tokenizer.IdToPiece(number) for number in range(len(pieces))]
 
 
 def decode(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:

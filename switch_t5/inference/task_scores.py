@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from switch_t5.data.pipeline import DataConfig, get_vocabulary
-from switch_t5.data.rows import read_rows
+from switch_t5.data.rows import numbered_rows, read_rows
 from switch_t5.data.text_to_text import Example, Scores, TextToTextTask, get_task, label_numbers, task_names_of
 from switch_t5.errors import UserError
 from switch_t5.inference.config import EvaluationConfig
@@ -165,13 +165,9 @@ def read_predictions(path: Path) -> list[str]:
     Raises:
       UserError: a line is malformed.
     """
-    from switch_t5.data.rows import parse_row
-
     predictions = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            row = parse_row(line, f"{path}:{number}")
-            if not isinstance(row.get("prediction"), str):
-                raise UserError(f"{path}:{number} lacks the text field 'prediction'.")
-            predictions.append(row["prediction"])
+    for number, row in numbered_rows(path):
+        if not isinstance(row.get("prediction"), str):
+            raise UserError(f"{path}:{number} lacks the text field 'prediction'.")
+        predictions.append(row["prediction"])
     return predictions

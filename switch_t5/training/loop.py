@@ -148,16 +148,22 @@ class Recorder:
     def scores(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Records the scores of tasks."""
         for task, values in scores.items():
-            self.metrics.write(step, {"task": task, **values})
-            self.tensorboard.scalars(step, dict(values), f"eval/{task}")
+            record_evaluation(self.metrics, self.tensorboard, step, task, values)
             told = "  ".join(f"{name} {value:.2f}" for name, value in values.items() if isinstance(value, float))
             self.progress.message(f"step {step}  {task}  {told}")
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Records an evaluation."""
-        self.metrics.write(step, {"task": self.task, **values})
-        self.tensorboard.scalars(step, values, f"eval/{self.task}")
+        record_evaluation(self.metrics, self.tensorboard, step, self.task, values)
         self.progress.message(f"step {step}  {self.task}  held-out loss {values['loss']:.4f}")
+
+
+def record_evaluation(
+    metrics: MetricsFile, tensorboard: TensorBoard, step: int, task: str, values: Mapping[str, float]
+) -> None:
+    """Writes what an evaluation of a task measured: an entry that carries ``task``, and points of curves."""
+    metrics.write(step, {"task": task, **values})
+    tensorboard.scalars(step, values, f"eval/{task}")
 
 
 def scalars(metrics: Metrics) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ from switch_t5.checkpoint import naming
 from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.cli.build import Run, RunSpec
 from switch_t5.cli.configuration import Configuration
-from switch_t5.cli.trained import load_state, load_teacher, student_state, upcycled_state
+from switch_t5.cli.trained import load_params, load_state, load_teacher, student_state, upcycled_state
+from switch_t5.cli.trained_vocabulary import check_vocabulary
+from switch_t5.data.pipeline import BatchIterator, DataConfig
 from switch_t5.errors import ConfigError, UserError
 from switch_t5.model.upcycling import UpcyclingConfig
 from switch_t5.training.state import TrainState
@@ -32,6 +35,11 @@ UPCYCLED = (
 def run_of(*settings: str) -> Run:
     configuration = Configuration.load([str(TINY)], ("MODEL_DIR=unused", "TEXTS=unused", *settings))
     return Run(RunSpec.read(configuration))
+
+
+def upcycled(run: Run, path: str) -> TrainState:
+    """A sparse run's start from a dense checkpoint."""
+    return upcycled_state(run, path, UpcyclingConfig())
 
 
 def nats(run: Run, params: object) -> float:
@@ -156,6 +164,46 @@ def test_a_soft_weight_of_zero_is_bitwise_plain_training_from_the_teachers_weigh
     assert metrics["loss"] == plain_metrics["loss"]
     assert set(metrics) == set(plain_metrics)
     jax.tree.map(np.testing.assert_array_equal, after.params, wanted.params)
+
+
+@pytest.fixture(scope="module")
+def of_a_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a dense run with a position in data of 284 bytes and 100 sentinels."""
+    batches = BatchIterator(
+        DataConfig("sotu_span_corruption", {"inputs": 32, "targets": 16}, 8, num_shards=2), repeat=True
+    )
+    next(batches)
+    folder = tmp_path_factory.mktemp("bytes")
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(3, run_of("TransformerConfig.moe=None").init_state(), batches.get_state())
+    return str(folder)
+
+
+@pytest.mark.parametrize("load", [load_params, load_state, student_state, upcycled])
+@pytest.mark.parametrize("at", ["{}", "{}/checkpoints/3", "file://{}"])
+def test_a_checkpoint_of_another_vocabulary_is_refused_and_of_the_same_is_read(of_a_vocabulary, load, at) -> None:
+    settings = UPCYCLED if load is upcycled else ("TransformerConfig.moe=None",)
+    place = at.format(of_a_vocabulary)
+    load(run_of(*settings), place)
+    with pytest.raises(UserError, match=r"another vocabulary \(ByteVocabulary, 359 entries, where this run's is"):
+        load(run_of(*settings, "DataConfig.extra_ids=50"), place)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(of_a_vocabulary) -> None:
+    teacher = ("teacher/TransformerConfig.moe=None", f"DistillationConfig.checkpoint_path={of_a_vocabulary}")
+    run = run_of(*DISTILLED, *teacher, "LossConfig.soft_loss_weight=0.25", "DataConfig.extra_ids=50")
+    with pytest.raises(UserError, match=r"^DistillationConfig\.checkpoint_path: .* another vocabulary"):
+        load_teacher(run)
+
+
+def test_the_pieces_of_a_hugging_face_folder_are_the_vocabularys_first(vocabulary_file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    own = run_of(f"DataConfig.vocabulary_path={vocabulary_file}", "TransformerConfig.vocab_size=512")
+    check_vocabulary(own, str(tmp_path))
+    shutil.copy(vocabulary_file, tmp_path / "spiece.model")
+    check_vocabulary(own, str(tmp_path))
+    with pytest.raises(UserError, match=r"another vocabulary \(that of its spiece\.model\): set DataConfig\.vocab"):
+        check_vocabulary(run_of(), str(tmp_path))
 
 
 def test_mistakes_about_a_teacher_are_one_sentence(tmp_path) -> None:

@@ -158,20 +158,44 @@ def refused(family: str, source: Path, output: Path) -> str:
 
 
 BAD = CB[0] | {"label": 7}
-IS_BAD = "has the label 7; those of super_glue/cb are [0, 1, 2] or -1 for unknown."
+IS_BAD = "has the label 7; those of super_glue/cb are [0, 1, 2] or -1 for unknown"
+LEFT_OUT = "; --skip_malformed leaves such rows out."
 
 
 def test_a_bad_row_of_a_table_is_named_by_its_number(output: Path, tmp_path: Path) -> None:
     path = tmp_path / "cb/train.parquet"
     write_parquet(path, [CB[0], BAD])
-    assert refused("super_glue", tmp_path, output) == f"{path}:2 {IS_BAD}"
+    assert refused("super_glue", tmp_path, output) == f"{path}:2 {IS_BAD}{LEFT_OUT}"
+
+
+def test_text_of_a_table_that_is_not_utf8_is_named(output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cb/train.parquet"
+    rows = [{"premise": premise, "hypothesis": b"B", "label": 0} for premise in (b"A", b"caf\xe9")]
+    write_parquet(path, rows)
+    assert refused("super_glue", tmp_path, output) == f"{path}:2 is not UTF-8 at byte 4{LEFT_OUT}"
+    # A column that says it is text, and is not: Arrow reads none of it.
+    texts = pyarrow.array([b"A", b"caf\xe9"]).view(pyarrow.utf8())
+    table = pyarrow.table({"premise": texts, "hypothesis": ["B", "B"], "label": [0, 0]})
+    parquet.write_table(table, path)
+    assert refused("super_glue", tmp_path, output) == f"{path} has text that is not UTF-8 (b'caf\\xe9')."
+
+
+def test_malformed_rows_are_left_out_by_choice_and_counted(output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cb/train.jsonl"
+    write_lines(path, [CB[0], BAD, CB[1]])
+    path.write_text(path.read_text() + "\n{\n")
+    (done,) = prepare("super_glue", tmp_path, output, skip_malformed=True)
+    assert done.rows == 2
+    assert done.malformed[0] == f"{path}:2 {IS_BAD}"
+    assert [sentence.split(" ")[0] for sentence in done.malformed] == [f"{path}:2", f"{path}:5"]
+    assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
 
 
 def test_a_bad_row_of_json_lines_is_named_by_its_line(output: Path, tmp_path: Path) -> None:
     path = tmp_path / "cb/train.jsonl"
     path.parent.mkdir()
     path.write_text(f"\n\n{json.dumps(BAD)}\n")
-    assert refused("super_glue", tmp_path, output) == f"{path}:3 {IS_BAD}"
+    assert refused("super_glue", tmp_path, output) == f"{path}:3 {IS_BAD}{LEFT_OUT}"
 
 
 def test_a_bad_row_of_a_prepared_file_is_named_by_its_line(output: Path) -> None:
@@ -180,7 +204,7 @@ def test_a_bad_row_of_a_prepared_file_is_named_by_its_line(output: Path) -> None
     path.write_text(f"\n\n{json.dumps(BAD)}\n")
     with pytest.raises(UserError) as caught:
         read_rows(get_task("super_glue_cb_v102"), "train")
-    assert str(caught.value) == f"{path}:3 {IS_BAD}"
+    assert str(caught.value) == f"{path}:3 {IS_BAD}."
     path.write_text(f"\n{json.dumps(CB[0])}\n\n[]\n")
     with pytest.raises(UserError) as caught:
         read_rows(get_task("super_glue_cb_v102"), "train")
@@ -190,7 +214,7 @@ def test_a_bad_row_of_a_prepared_file_is_named_by_its_line(output: Path) -> None
 def test_nothing_is_written_of_a_dataset_with_a_bad_split(output: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "CB/train.jsonl", CB)
     write_lines(tmp_path / "CB/val.jsonl", [CB[0], BAD])
-    assert refused("super_glue", tmp_path, output) == f"{tmp_path}/CB/val.jsonl:2 {IS_BAD}"
+    assert refused("super_glue", tmp_path, output) == f"{tmp_path}/CB/val.jsonl:2 {IS_BAD}{LEFT_OUT}"
     assert not output.exists()
 
 
@@ -206,7 +230,7 @@ def test_a_record_of_another_layout_is_named(
 
     monkeypatch.setattr("switch_t5.data.superglue_files.rows_of", rows_of)
     write_lines(tmp_path / "CB/train.jsonl", CB)
-    message = f"{tmp_path}/CB/train.jsonl:1 is not laid out as super_glue/cb is (at {error})."
+    message = f"{tmp_path}/CB/train.jsonl:1 is not laid out as super_glue/cb is (at {error}){LEFT_OUT}"
     assert refused("super_glue", tmp_path, output) == message
 
 

@@ -29,7 +29,7 @@ def test_rows_are_renamed_to_what_the_task_reads(task: str, tmp_path: Path) -> N
     table = pyarrow.Table.from_pylist([ROWS[task]])
     with pyarrow.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", table.schema) as stream:
         stream.write_table(table)
-    (row,) = script.renamed(task, script.arrow_rows(tmp_path))
+    (row,) = script.rows_in(tmp_path, task)
     tasks()[f"super_glue_{task}_v102"].check(row, labelled=True)
     assert row["label"] == ROWS[task].get("label", 1)
 

@@ -25,6 +25,7 @@ from switch_t5.model.config import TransformerConfig
 from switch_t5.model.functional import Model
 from switch_t5.model.transformer import logits
 from switch_t5.partitioning.mesh import MeshConfig, make_mesh
+from switch_t5.partitioning.placement import tree_shardings
 from switch_t5.partitioning.rules import partitioned
 from switch_t5.routing.router import RouterConfig
 from switch_t5.types import Array, Params
@@ -177,6 +178,28 @@ def test_devices_decode_together_what_one_does(how: dict[str, float]) -> None:
         several = jax.jit(decode_on)(params, INPUTS[:4], jnp.arange(4))
     np.testing.assert_array_equal(several.tokens, one.tokens)
     np.testing.assert_allclose(several.log_probs, one.log_probs, atol=1e-5)  # Sums over heads come in another order.
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=str)
+def test_devices_that_share_out_the_experts_decode_what_one_does(how: dict[str, float], dispatch: str) -> None:
+    # Four experts of their own on each device, and a batch that the devices share out too.
+    moe = dataclasses.replace(MOE, num_experts=4, dispatch=dispatch)  # pyright: ignore
+    model = Model(independent(dataclasses.replace(SPARSE, moe=moe)))
+    params = random_params(model, scale=1.0, seed=0)
+    mesh, rules = make_mesh(MeshConfig(num_devices=4, num_expert_partitions=4)), MeshConfig().axis_rules
+    placed = jax.device_put(params, tree_shardings(mesh, params, model.axes, rules.at_rest))
+    wi = placed["encoder"]["stack"]["blocks"]["layers_0"]["mlp"]["experts"]["wi"]
+    assert {shard.data.shape[-3] for shard in wi.addressable_shards} == {1}
+    config = DecodingConfig(**how)  # pyright: ignore
+    decode_on = functools.partial(decode, model, config=config, max_length=LENGTH, eos_id=EOS)
+    one = jax.jit(decode_on)(params, INPUTS[:4], jnp.arange(4))
+    with partitioned(mesh):
+        several = jax.jit(decode_on)(placed, INPUTS[:4], jnp.arange(4))
+    assert len(np.unique(one.tokens, axis=0)) > 1
+    np.testing.assert_array_equal(several.tokens, one.tokens)
+    np.testing.assert_allclose(several.log_probs, one.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

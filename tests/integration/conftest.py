@@ -27,8 +27,15 @@ class Program:
 
     def start(self, name: str, model_dir: Path, *flags: str) -> subprocess.Popen[str]:
         """Starts a command; its output is captured."""
+        return self._start(self.command(name, model_dir, *flags))
+
+    def begin(self, name: str, *flags: str) -> subprocess.Popen[str]:
+        """Starts a command with no configuration but its flags."""
+        return self._start([sys.executable, "-m", "switch_t5", name, *flags])
+
+    def _start(self, words: list[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(name, model_dir, *flags),
+            words,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def write_copy(folder: Path) -> None:
             row = {"passage": passage, "question": "x", "idx": idx, "label": "x" in passage}
             lines.append(json.dumps({key: value for key, value in row.items() if split != "test" or key != "label"}))
         (folder / "BoolQ").mkdir(parents=True, exist_ok=True)
+        if split == "train":
+            lines.append(json.dumps({"passage": "abx" * 20, "question": "x", "idx": count, "label": True}))
         (folder / "BoolQ" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -53,12 +56,13 @@ def test_a_run_is_pre_trained_fine_tuned_scored_submitted_and_asked(
     absent = program.call("train", *flags, f"--gin.MODEL_DIR={tmp_path / 'none'}", code=2).stderr
     assert "switch-t5 data prepare --dataset=super_glue" in absent
     assert not (tmp_path / "none").exists()
-    assert [split.rows for split in prepare("super_glue", tmp_path / "copy", tmp_path / "data")] == [5, 40, 11]
+    assert [split.rows for split in prepare("super_glue", tmp_path / "copy", tmp_path / "data")] == [5, 41, 11]
 
     program.run("train", tmp_path / "pretrained", "--gin.TRAIN_STEPS=2")
     tuned = tmp_path / "tuned"
     start = f"--gin.TrainConfig.initial_checkpoint_path={tmp_path / 'pretrained'}"
-    program.call("train", *flags, f"--gin.MODEL_DIR={tuned}", start, "--gin.TRAIN_STEPS=5")
+    said = program.call("train", *flags, f"--gin.MODEL_DIR={tuned}", start, "--gin.TRAIN_STEPS=5").stderr
+    assert f"cut         1 inputs to 32 tokens, of the first 41 examples of {TASK}\n" in said
     entries = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     scored = {entry["step"]: entry for entry in entries if entry.get("task") == TASK}
     assert sorted(scored) == [0, 2, 4, 5]
@@ -67,10 +71,22 @@ def test_a_run_is_pre_trained_fine_tuned_scored_submitted_and_asked(
     assert len(list((tuned / "checkpoints").iterdir())) in (1, 2)
 
     config = [f"--gin_file={tuned / 'config.gin'}"]
-    wrote = ("--predictions", str(tmp_path / "said"), f"--json={tmp_path / 'result.json'}")
+    measured = tmp_path / "measured"
+    wrote = ("--predictions", str(tmp_path / "said"), f"--json={tmp_path / 'result.json'}", f"--metrics={measured}")
     program.call("eval", *config, *wrote, "--gin.EvaluationConfig.num_examples=None")
     result = json.loads((tmp_path / "result.json").read_text())["tasks"][TASK]
     assert result["examples"] == 11
+    # One more evaluation, of an earlier step, takes nothing back.
+    steps = {int(path.name) for path in (tuned / "checkpoints").iterdir()}
+    first = min(steps)
+    program.call("eval", *config, f"--checkpoint={tuned / 'checkpoints' / str(first)}", f"--metrics={measured}")
+    lines = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 5, "task": TASK, **result}
+    assert (lines[1]["step"], lines[1]["task"], lines[1]["examples"]) == (first, TASK, 6)
+    assert len(list((measured / "tensorboard").iterdir())) == 2
+    refused = program.call("eval", *config, "--gin.DataConfig.extra_ids=50", code=2).stderr
+    assert f"{tuned} was trained with another vocabulary (ByteVocabulary, 359 entries, where this run's is" in refused
+    assert "DataConfig.extra_ids as they were." in refused
     again = program.call(
         "eval",
         *config,
@@ -103,6 +119,20 @@ def test_a_run_is_pre_trained_fine_tuned_scored_submitted_and_asked(
     (tmp_path / "torn.jsonl.origin").write_text((tmp_path / "whole.jsonl.origin").read_text())
     assert "32 were done before" in program.call("infer", *ask, "--output", str(torn)).stderr
     assert torn.read_bytes() == whole
+    many, killed = tmp_path / "many.jsonl", tmp_path / "killed.jsonl"
+    many.write_text("".join(row + "\n" for row in rows * 40))
+    ask_many = [*config, "--task", TASK, "--input", str(many), *ask[-3:]]
+    process = program.begin("infer", *ask_many, "--output", str(killed))
+    while process.poll() is None and (not killed.exists() or killed.stat().st_size < 20_000):
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    said = len(killed.read_bytes().splitlines())
+    assert process.returncode == -9
+    assert 32 < said < 2800
+    program.call("infer", *ask_many, "--output", str(tmp_path / "unbroken.jsonl"))
+    assert " were done before" in program.call("infer", *ask_many, "--output", str(killed)).stderr
+    assert killed.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
     other = program.call("infer", *ask, "--output", str(torn), "--gin.DecodingConfig.seed=1", code=2).stderr
     assert "holds the answers to another input, checkpoint or decoding" in other
     elsewhere = ("--checkpoint", str(tmp_path / "pretrained"), "--output", str(torn))

@@ -59,9 +59,11 @@ def ends(started: list[subprocess.Popen[str]], seconds: float = 300) -> list[tup
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-def together(program: Program, model_dir: Path, processes: int, devices: int, *flags: str) -> str:
+def together(
+    program: Program, model_dir: Path, processes: int, devices: int, *flags: str, command: str = "train"
+) -> str:
     """Runs all processes to their end by the launch script; returns what they say."""
-    words = program.command("train", model_dir, *flags)
+    words = program.command(command, model_dir, *flags)
     environment = {**os.environ, "SWITCH_T5": " ".join(words[:3])}
     launch = [str(LOCAL), f"--processes={processes}", f"--devices={devices}", *words[3:]]
     done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=900, env=environment)
@@ -125,6 +127,32 @@ def test_two_processes_make_the_run_of_one(one_process: Path, two_processes: tup
     assert said.count(f"Trained to step {STEPS}") == 1
     assert "8 of 8 cpu in 2 processes" in said
     assert "process_id" not in (model_dir / "config.gin").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_a_file_as_one_does(program: Program, one_process: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    words = ["".join(chr(97 + (row * place) % 8) for place in range(1 + row % 30)) for row in range(70)]
+    asked.write_text("".join(json.dumps({"inputs": word}) + "\n" for word in words))
+    flags = (f"--input={asked}", "--gin.DecodingConfig.max_length=4", "--gin.DecodingConfig.num_beams=2")
+    program.run("infer", one_process, *flags, f"--output={tmp_path / 'one.jsonl'}")
+    said = together(program, one_process, 2, 4, *flags, f"--output={tmp_path / 'two.jsonl'}", command="infer")
+    assert said.count("70 inputs.") == 1
+    one, two = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert len(one) == 70
+    assert len({answer["outputs"][0]["text"] for answer in one}) > 1
+    for alone, shared in zip(one, two, strict=True):
+        assert (shared["index"], shared["inputs"]) == (alone["index"], alone["inputs"])
+        for ours, theirs in zip(shared["outputs"], alone["outputs"], strict=True):
+            assert ours["text"] == theirs["text"]
+            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+    # The files of one are gone on with by the other.
+    torn = tmp_path / "two.jsonl"
+    torn.write_bytes(b"".join(torn.read_bytes().splitlines(keepends=True)[:65]))
+    assert "64 were done before" in together(program, one_process, 2, 4, *flags, f"--output={torn}", command="infer")
+    assert len(torn.read_text().splitlines()) == 70
 
 
 @pytest.mark.slow

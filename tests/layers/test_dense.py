@@ -17,6 +17,22 @@ from switch_t5.types import Array
 HIDDEN_AXES = ("batch", "length", "mlp")
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
+def test_a_cpu_does_not_draw_dropout_anew_for_each_entry_of_a_turned_gradient() -> None:
+    layer = FeedForward(32, 128, ("relu",), "paper", rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+
+    def loss(params: nnx.State, x: Array, rng: Array) -> Array:
+        return jnp.sum(nnx.merge(graph, params)(x, hidden_axes=HIDDEN_AXES, dropout_rate=0.1, rng=rng) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    program = gradient.lower(params, jnp.ones((4, 64, 32)), jax.random.key(0)).compile().as_text()
+    assert program is not None
+    bodies = re.findall(r"^%?fused_computation[^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL)
+    assert any("shift-right-logical" in body for body in bodies)
+    assert not any("shift-right-logical" in body and " copy(" in body for body in bodies)
+
+
 def gelu(x: np.ndarray) -> np.ndarray:
     """T5's, the approximation by a hyperbolic tangent."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))

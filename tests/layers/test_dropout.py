@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from switch_t5.layers.dropout import dropout, split_rng
+from switch_t5.layers.dropout import dropout, row_dropout_mask, split_rng
 from switch_t5.layers.moe import layer_keys
 
 
@@ -35,6 +36,25 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate() -> None:
     # The standard error of the share dropped is below 0.001.
     np.testing.assert_allclose((result == 0).mean(), 0.1, atol=0.004)
     np.testing.assert_allclose(result.mean(), 1.0, atol=0.004)
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.05])
+@pytest.mark.parametrize("width", [500, 501])
+def test_rows_drop_at_their_rate_each_by_its_number_alone(rate: float, width: int) -> None:
+    def kept(*numbers: int) -> np.ndarray:
+        mask = row_dropout_mask(jnp.asarray(numbers), width, rate, jax.random.key(3), columns="expert_mlp")
+        return np.asarray(mask)
+
+    keep = kept(*range(400))
+    assert keep.shape == (400, width)
+    # Of 200,000 draws the standard error is below 0.0012; likewise of those of two columns of one word together.
+    np.testing.assert_allclose(1 - keep.mean(), rate, atol=0.005)
+    half = -(-width // 2)
+    both = keep[:, : width - half] & keep[:, half:]
+    np.testing.assert_allclose(both.mean(), (1 - rate) ** 2, atol=0.007)
+    np.testing.assert_allclose(keep.mean(axis=0), 1 - rate, atol=0.12)  # Five times a column's standard error.
+    np.testing.assert_array_equal(kept(399, 7), keep[[399, 7]])
+    assert len(np.unique(keep, axis=0)) == 400
 
 
 def test_dropout_keeps_the_dtype() -> None:

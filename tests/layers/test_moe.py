@@ -204,7 +204,6 @@ def test_expert_dropout_acts_inside_the_experts_at_its_own_rate() -> None:
     # About 500 are kept, each counting four times; the deviation of their number is 19.
     np.testing.assert_allclose(dropped / 4, 500, atol=80)
     np.testing.assert_array_equal(dropped / 4, np.round(dropped / 4))
-    assert (dropped != 2000).all()
     # Each slot draws for itself.
     assert len(np.unique(dropped)) > 8
 

@@ -1,0 +1,47 @@
+"""How many of the examples that a run trains on are longer than its model reads, and so are cut."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from switch_t5.data.pipeline import DataConfig, get_vocabulary
+from switch_t5.data.rows import read_rows
+from switch_t5.data.text_to_text import get_task, task_names_of
+
+EXAMINED = 1000
+"""Rows of a split that are looked at: encoding all of a large one would take minutes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What is cut of the examples of a task's first rows.
+
+    Attributes:
+      task: its name.
+      examples: how many were looked at.
+      cut: for ``inputs`` and ``targets``, how many have more tokens than the configuration's lengths.
+    """
+
+    task: str
+    examples: int
+    cut: dict[str, int]
+
+
+def find_truncation(config: DataConfig) -> list[Truncation]:
+    """Counts, for each labelled task that a configuration reads, what is cut of its first rows' examples.
+
+    Raises:
+      UserError: a task's rows are absent or malformed.
+    """
+    vocabulary, found = get_vocabulary(config), []
+    for task in map(get_task, task_names_of(config.mixture_or_task_name)):
+        if config.split not in task.splits:
+            continue
+        examples = [example for row in read_rows(task, config.split, EXAMINED) for example in task.examples(row)]
+        cut = {}
+        for feature, length in config.task_feature_lengths.items():
+            # A token of each is the end of sequence.
+            texts = (getattr(example, feature) for example in examples)
+            cut[feature] = sum(len(vocabulary.encode(text)) >= length for text in texts)
+        found.append(Truncation(task.name, len(examples), cut))
+    return found
