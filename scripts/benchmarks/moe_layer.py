@@ -10,10 +10,9 @@ product for each expert on exactly the tokens that it got. ``balanced`` routes g
 tokens, ``zipf`` routes give the i-th expert a share in 1/i. All return the gradients of their input and of their
 weights. A layer, its floor and a dense feed-forward on the same tokens are timed in turn, in a process for each layer.
 Nothing is random, neither jitter nor dropout. Ours and DeepSpeed's have their balance loss, Hugging Face's has none.
-Seconds are the least of the repeats, for what else a machine does only adds to them, to copies in memory more than to
-products. Ratios are of CPU seconds, and in brackets of wall seconds, which a shared machine makes vary more. Temporary
-memory is XLA's own account of the layer's program, over that of what is dispatched: the tokens in their slots or rows,
-their hidden activations and their outputs.
+Seconds are the least of the repeats, for what else a machine does only adds to them. Ratios are of CPU seconds, and in
+brackets of wall seconds, which a shared machine makes vary more. Temporary memory is XLA's own account of the layer's
+program, over that of what is dispatched: the tokens in their slots or rows, their hidden activations and their outputs.
 
 The processes keep the memory that they have freed, in large pages: gigabytes that are returned and asked for anew at
 each step can take longer than the layer, and on a virtual machine any time. ``--fresh_memory`` leaves that to malloc.

@@ -9,8 +9,8 @@ that a noisy machine troubles both alike. The floor is one program of all the ma
 contains, forward and both of each one's derivatives, on arrays of the same shapes and batching, and nothing else.
 ``--peers`` times Hugging Face's model of the same sizes with its Adafactor, where transformers and torch are
 installed (``--peer_python`` names an interpreter that has them), alternating with this project's rows.
-``--fine_tuning`` times in the same turns the step of ``runs/finetune.gin`` on the same batch: dropout 0.1, and 0.4 in
-the experts.
+``--fine_tuning`` times in the same turns a step of fine-tuning on the same batch, as ``runs/finetune.gin`` has it:
+dropout 0.1, and 0.4 in the experts.
 ``--large_pages`` gives every row, the peer's too, the malloc that ``switch-t5`` starts itself with.
 """
 

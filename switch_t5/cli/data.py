@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     prepare.add_argument(
-        "--skip_malformed", action="store_true", help="leave out rows that cannot be used, and count them"
+        "--skip_malformed",
+        action="store_true",
+        help="leave out lines and rows of tables that cannot be used, and count them",
     )
 
     vocabulary = commands.add_parser("vocabulary", help="train a SentencePiece vocabulary")
@@ -77,7 +79,7 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"{split.dataset} {split.split}: {split.rows} rows in {split.path}")
         if split.malformed:
             first = split.malformed[0]
-            print(f"{len(split.malformed)} malformed left out, the first: {first}.", file=sys.stderr)
+            print(f"{len(split.malformed)} malformed records left out, the first: {first}.", file=sys.stderr)
     return 0
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,20 +53,13 @@ _EXCLUDED = {
 }
 """Flags that have no effect beside another."""
 
-_NONE_LATER = 2**62
-"""A step that no entry is of, so that none of those that were written before is taken back."""
-
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints a table, and returns 0."""
     from switch_t5.cli.processes import if_first
     from switch_t5.cli.trained import load_params, open_run
 
-    if args.unigram_batches < 1:
-        raise UserError(f"--unigram_batches must be at least 1, got {args.unigram_batches}.")
-    for flag, excluded in _EXCLUDED.items():
-        if getattr(args, flag) is not None and (others := [name for name in excluded if getattr(args, name)]):
-            raise UserError(f"--{others[0]} has no effect with --{flag}: leave it out, or run the command once more.")
+    _check_flags(args)
     run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
     if args.score_file is not None:
         return _score_file(run, args)
@@ -74,22 +70,38 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--predictions is of labelled tasks, and {run.spec.data.mixture_or_task_name} is none.")
     if scorer is None and not run.spec.train.eval_batches:
         raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
-    params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
-    held_out = _held_out(run, params, args.unigram_batches) if run.spec.train.eval_batches else {}
-    name = run.spec.data.mixture_or_task_name
-    measured: dict[str, Scores] = {name: held_out} if held_out else {}
-    result: dict[str, Any] = {"step": step, "task": name, **held_out}
-    for name, value in result.items():
-        print(f"{name:13} {value:.4f}" if isinstance(value, float) else f"{name:13} {value}", file=sys.stderr)
-    if scorer is not None:
-        results = scorer.results(params)
-        print(table(results), file=sys.stderr)
-        _write_predictions(if_first(args.predictions), results)
-        result["tasks"] = {name: task.scores for name, task in results.items()}
-        measured |= result["tasks"]
-    _record(if_first(args.metrics), step, measured)
+    with _recorder(if_first(args.metrics)) as record:
+        params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
+        result: dict[str, Any] = {"step": step, "task": run.spec.data.mixture_or_task_name}
+        if run.spec.train.eval_batches:
+            held_out = _held_out(run, params, args.unigram_batches)
+            record(step, result["task"], held_out)
+            result |= held_out
+        for name, value in result.items():
+            print(f"{name:13} {value:.4f}" if isinstance(value, float) else f"{name:13} {value}", file=sys.stderr)
+        if scorer is not None:
+            results = scorer.results(params)
+            print(table(results), file=sys.stderr)
+            _write_predictions(if_first(args.predictions), results)
+            result["tasks"] = {name: task.scores for name, task in results.items()}
+            for name, scores in result["tasks"].items():
+                record(step, name, scores)
     write_json(result, if_first(args.json))
     return 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuses a flag that can have no effect.
+
+    Raises:
+      UserError: the first such flag.
+    """
+    if args.unigram_batches < 1:
+        raise UserError(f"--unigram_batches must be at least 1, got {args.unigram_batches}.")
+    for flag, excluded in _EXCLUDED.items():
+        others = [name for name in excluded if getattr(args, name) is not None]
+        if getattr(args, flag) is not None and others:
+            raise UserError(f"--{others[0]} has no effect with --{flag}: give one of them.")
 
 
 def table(results: dict[str, TaskResult]) -> str:
@@ -130,22 +142,27 @@ def _held_out(run: Run, params: Params, unigram_batches: int) -> Scores:
     return result
 
 
-def _record(folder: str | None, step: int, measured: dict[str, Scores]) -> None:
-    """Appends what was measured to a folder's files."""
+@contextlib.contextmanager
+def _recorder(folder: str | None) -> Iterator[Callable[[int, str, Scores], None]]:
+    """What appends the scores of a step and a task to a folder's files; it does nothing without a folder.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
     from switch_t5.storage import writable_directory
     from switch_t5.training.loop import record_evaluation
-    from switch_t5.training.metrics_file import MetricsFile
+    from switch_t5.training.metrics_file import APPEND, MetricsFile
     from switch_t5.training.tensorboard import TensorBoard
 
     if folder is None:
+        yield lambda step, task, scores: None
         return
     path = writable_directory(folder, "The metrics' folder")
     with (
-        MetricsFile(path / "metrics.jsonl", _NONE_LATER) as metrics,
-        TensorBoard(path / "tensorboard", _NONE_LATER) as tensorboard,
+        MetricsFile(path / "metrics.jsonl", APPEND) as metrics,
+        TensorBoard(path / "tensorboard", APPEND) as tensorboard,
     ):
-        for task, values in measured.items():
-            record_evaluation(metrics, tensorboard, step, task, values)
+        yield partial(record_evaluation, metrics, tensorboard)
 
 
 def _write_predictions(folder: str | None, results: dict[str, TaskResult]) -> None:

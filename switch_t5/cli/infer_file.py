@@ -157,10 +157,9 @@ def _inputs(
 
 
 def _text_of(line: bytes, plain: bool, to_text: Callable[[dict[str, Any]], str]) -> str:
-    text = decoded(line).rstrip("\r\n")
-    if not text.strip():
+    if not line.strip():
         raise UserError("is empty")
-    return text if plain else to_text(parse_row(line))
+    return decoded(line).rstrip("\r\n") if plain else to_text(parse_row(line))
 
 
 def _chunks(source: Iterator[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from switch_t5.checkpoint.manager import Checkpointer
     from switch_t5.cli.build import Run
     from switch_t5.cli.configuration import Configuration
-    from switch_t5.data.pipeline import BatchIterator
-    from switch_t5.data.truncation import Truncation
+    from switch_t5.data.pipeline import BatchIterator, DataConfig
     from switch_t5.training.loop import Recorder
     from switch_t5.training.state import TrainState
     from switch_t5.training.step import Metrics
@@ -77,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
                 )
             print(f"{model_dir} is trained to step {first_step} already; raise TRAIN_STEPS to go on.", file=sys.stderr)
             return 0
-        if is_first():  # A start that was refused leaves no configuration, nor changes another run's.
+        if is_first():
+            _tell_truncation(spec.data)
+            # A start that was refused leaves no configuration, nor changes another run's.
             _write_configuration(configuration, model_dir)
         with GracefulStop() as stop, recorder(run, first_step, resumes=resumes) as record:
             state = train(
@@ -105,15 +106,14 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, Batc
       UserError: the data or the teacher cannot be used; nothing was written.
     """
     from switch_t5.cli.trained import load_teacher
-    from switch_t5.cli.trained_vocabulary import check_embedding
     from switch_t5.data.pipeline import BatchIterator
 
     pool = ThreadPoolExecutor(1)
     try:
         compiled = pool.submit(run.compile_train_step)
         with configuration.locating_errors():
+            _check_vocabulary(run)
             batches = BatchIterator(run.spec.data, repeat=True, rows=run.rows)
-            check_embedding(run)
             if run.spec.train.eval_batches:
                 _ = run.evaluation_batches
             _ = run.scorer
@@ -129,13 +129,31 @@ def _prepare(configuration: Configuration, run: Run) -> tuple[StepFunction, Batc
 def _check_restart(configuration: Configuration, model_dir: Path) -> None:
     """Refuses a restart that would train something else."""
     path = model_dir / "config.gin"
-    if path.exists() and any((model_dir / "checkpoints").glob("[0-9]*")):
+    if path.exists() and _is_begun(model_dir):
         differences = configuration.difference(path.read_text(), MAY_CHANGE, place=str(path))
         if differences:
             raise UserError(
                 f"{model_dir} holds a run with another configuration: {' '.join(differences)} Choose another MODEL_DIR "
                 "(TrainConfig.initial_checkpoint_path starts it from this run's parameters), or set these as they were."
             )
+
+
+def _is_begun(model_dir: Path) -> bool:
+    return any((model_dir / "checkpoints").glob("[0-9]*"))
+
+
+def _check_vocabulary(run: Run) -> None:
+    """Checks that the vocabulary is the model's, and that of the checkpoint that a new run starts from.
+
+    Raises:
+      UserError: it is not.
+    """
+    from switch_t5.cli.trained_vocabulary import check_embedding, check_vocabulary
+
+    check_embedding(run)
+    train = run.spec.train
+    if train.initial_checkpoint_path is not None and not _is_begun(Path(train.model_dir)):
+        check_vocabulary(run, train.initial_checkpoint_path)
 
 
 def _write_configuration(configuration: Configuration, model_dir: Path) -> None:
@@ -176,7 +194,6 @@ def _banner(run: Run, first_step: int) -> None:
     """Says what is about to happen, and how large it is."""
     import jax
 
-    from switch_t5.data.truncation import find_truncation
     from switch_t5.planning.counts import active_parameter_count, forward_flops, parameter_count
 
     spec, model = run.spec, run.model
@@ -195,16 +212,21 @@ def _banner(run: Run, first_step: int) -> None:
         f"batch       {spec.data.batch_size} x ({lengths['inputs']} + {lengths['targets']}) = {tokens:,} tokens a step",
         f"work        {flops:.3e} floating-point operations a step",
         f"data        {spec.data.mixture_or_task_name}{_sharing(spec.data.num_shards)}",
-        *(f"cut         {_told(task, lengths)}" for task in find_truncation(spec.data) if any(task.cut.values())),
         f"run         {spec.train.model_dir}, from step {first_step} to {spec.train.train_steps}",
     )
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _told(task: Truncation, lengths: Mapping[str, int]) -> str:
-    """What of a task is cut, in words."""
-    cut = ", ".join(f"{count} {feature} to {lengths[feature]} tokens" for feature, count in task.cut.items() if count)
-    return f"{cut}, of the first {task.examples} examples of {task.task}"
+def _tell_truncation(data: DataConfig) -> None:
+    """Says how many examples of each labelled task are cut."""
+    from switch_t5.data.truncation import find_truncation
+
+    for task in find_truncation(data):
+        counts = ((feature, count) for feature, count in task.cut.items() if count)
+        told = (f"{count} {feature} to {data.task_feature_lengths[feature]} tokens" for feature, count in counts)
+        if cut := ", ".join(told):
+            first = f"of the first {task.examples} examples of {task.task}"
+            print(f"cut         {cut}, {first}", file=sys.stderr, flush=True)
 
 
 def _sharing(num_shards: int) -> str:

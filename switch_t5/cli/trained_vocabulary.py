@@ -1,14 +1,13 @@
 """Whether a run's vocabulary is the one that a checkpoint was trained with, as far as the checkpoint says.
 
-One of ours says it in its positions in the data; a Hugging Face folder may hold its SentencePiece model; T5X's say
-nothing. That the embedding has a row for every piece is asked of all.
+One of ours says it in its positions in the data; a Hugging Face folder may hold its SentencePiece model. T5X's say
+nothing, nor do those that were converted. That the embedding has a row for every piece is asked of all.
 """
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from switch_t5.errors import ConfigError, UserError
 
@@ -45,7 +44,7 @@ def check_vocabulary(run: Run, path: str) -> None:
     Raises:
       UserError: it was trained with another, or there is no checkpoint.
     """
-    from switch_t5.checkpoint.folder import is_url
+    from switch_t5.checkpoint.folder import read_file
     from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE
     from switch_t5.checkpoint.formats import format_of
     from switch_t5.data.pipeline import get_vocabulary
@@ -56,13 +55,13 @@ def check_vocabulary(run: Run, path: str) -> None:
         ours = vocabulary_fingerprint(get_vocabulary(run.spec.data))
         if saved != ours:
             raise _another(path, f"{_told(saved)}, where this run's is {_told(ours)}")
-    if form == HUGGING_FACE and not is_url(place):
-        model = Path(place, _HUGGING_FACE_MODEL)
-        if model.is_file() and not begins_with_pieces_of(get_vocabulary(run.spec.data), str(model)):
+    if form == HUGGING_FACE and (model := read_file(place, _HUGGING_FACE_MODEL)) is not None:
+        file = f"{place}/{_HUGGING_FACE_MODEL}"
+        if not begins_with_pieces_of(get_vocabulary(run.spec.data), model, file):
             raise _another(path, f"that of its {_HUGGING_FACE_MODEL}")
 
 
-def _saved_fingerprint(place: str) -> Any:
+def _saved_fingerprint(place: str) -> str | None:
     """What :func:`~switch_t5.data.vocabularies.vocabulary_fingerprint` gave the run that saved; None if unknown."""
     from switch_t5.checkpoint.data_positions import open_position
     from switch_t5.checkpoint.folder import is_url
@@ -76,16 +75,16 @@ def _saved_fingerprint(place: str) -> Any:
     else:
         model_dir, step = locate_checkpoint(place)
         folder = f"{model_dir}/{DIRECTORY}/{step}"
-    position = open_position(folder)
-    if position is None:
-        return None
-    with position, contextlib.suppress(UserError):  # Whoever reads the checkpoint says that it is damaged.
-        return saved_description(position).get("vocabulary")
+    # Who wants parameters does not need the position: one that cannot be read says nothing.
+    with contextlib.suppress(UserError, OSError), contextlib.ExitStack() as stack:
+        position = open_position(folder)
+        if position is not None:
+            return saved_description(stack.enter_context(position)).get("vocabulary")
     return None
 
 
 def _told(fingerprint: str) -> str:
-    return fingerprint if " " in fingerprint else f"the SentencePiece model of SHA-256 {fingerprint[:12]}..."
+    return fingerprint if " " in fingerprint else f"pieces and sentinels of the fingerprint {fingerprint[:12]}"
 
 
 def _another(path: str, which: str) -> UserError:

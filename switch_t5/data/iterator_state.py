@@ -11,6 +11,7 @@ import io
 import json
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -82,7 +83,7 @@ def saved_description(state: BinaryIO) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(state) as files:
             return json.loads(files.read(_DESCRIPTION))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
         raise UserError("The saved position in the data is damaged: it cannot be read.") from None
 
 

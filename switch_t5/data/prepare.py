@@ -42,7 +42,7 @@ class Prepared:
       split: ``train``, ``validation`` or ``test``.
       rows: how many it has.
       path: the file.
-      malformed: what is wrong with each row that was left out.
+      malformed: what is wrong with each record that was left out: a line, or a row of a table.
     """
 
     dataset: str
@@ -64,11 +64,12 @@ def prepare(family: str, source: Path, output: Path, *, skip_malformed: bool = F
       family: such as ``super_glue``.
       source: a folder: the family's, with a folder for each dataset, or that of its only dataset.
       output: see :func:`switch_t5.data.rows.data_folder`.
-      skip_malformed: leaves malformed rows out instead of refusing the dataset.
+      skip_malformed: leaves malformed records out instead of refusing the dataset. A record of MultiRC or ReCoRD is a
+        paragraph with all of its rows.
 
     Raises:
-      UserError: there is no such family or folder, no file of it, or a dataset has a malformed row or one split in
-        several folders; then nothing is written of that dataset.
+      UserError: there is no such family or folder, no file of it, or a dataset has one split in several folders or a
+        malformed row (with ``skip_malformed``: a split without any other); then nothing is written of that dataset.
     """
     if family not in families():
         raise UserError(f"There is no dataset called {family!r}.{closest(family, families())}")
@@ -83,6 +84,8 @@ def prepare(family: str, source: Path, output: Path, *, skip_malformed: bool = F
         for split, files in _files_of(dataset, source).items():
             malformed = [] if skip_malformed else None
             rows = [row for file in files for row in _rows(dataset, task, split, file, malformed)]
+            if malformed and not rows:
+                raise UserError(f"The {split} split of {dataset} has malformed rows alone, such as {malformed[0]}.")
             read[split] = rows, malformed or []
         for split, (rows, malformed) in read.items():
             path = writable_directory(output / dataset, "The data folder") / f"{split}.jsonl"
@@ -181,7 +184,7 @@ def _rows(dataset: str, task: TextToTextTask, split: str, file: Path, malformed:
             yield from _checked(dataset, task, split, record)
         except UserError as error:
             if malformed is None:
-                raise UserError(f"{file}:{number} {error}; --skip_malformed leaves such rows out.") from None
+                raise UserError(f"{file}:{number} {error}; --skip_malformed leaves such records out.") from None
             malformed.append(f"{file}:{number} {error}")
 
 
@@ -213,14 +216,24 @@ def _records(file: Path) -> Iterator[tuple[int, Record]]:
     readers: dict[str, Callable[[Path], pyarrow.Table]] = {".parquet": _parquet, ".arrow": _arrow}
     try:
         if file.suffix in readers:
-            rows = readers[file.suffix](file).to_pylist()
+            rows = _with_bytes(readers[file.suffix](file)).to_pylist()
             yield from ((number, partial(plain, row)) for number, row in enumerate(rows, start=1))
         else:
             yield from ((number, partial(parse_row, line)) for number, line in numbered_lines(file))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} has text that is not UTF-8 ({error.object!r}).") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} has text inside of lists or records that is not UTF-8.") from None
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): is it whole?") from None
+
+
+def _with_bytes(table: pyarrow.Table) -> pyarrow.Table:
+    """A table whose columns of text are bytes, so that a text that is none spoils its own row alone."""
+    import pyarrow
+
+    types = pyarrow.types
+    texts = {field.name for field in table.schema if types.is_string(field.type) or types.is_large_string(field.type)}
+    columns = {name: table[name] for name in table.column_names}
+    return pyarrow.table(columns | {name: columns[name].cast(pyarrow.large_binary()) for name in texts})
 
 
 def _parquet(file: Path) -> pyarrow.Table:

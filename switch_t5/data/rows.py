@@ -36,7 +36,7 @@ def read_rows(task: TextToTextTask, split: str, most: int | None = None) -> list
         raise ConfigError("EvaluationConfig.split", f"is {split!r}, but {task.name} has {', '.join(task.splits)}.")
     path = data_folder() / task.dataset / f"{task.splits[split]}.jsonl"
     if path.is_file():
-        lines = numbered_rows(path) if most else _lines(str(path), path.stat().st_mtime_ns)
+        lines = _lines(str(path), path.stat().st_mtime_ns) if most is None else numbered_rows(path)
         numbered, where = list(itertools.islice(lines, most)), str(path)
     else:
         numbered, where = list(enumerate(_from_tfds(task, split, most), start=1)), task.tfds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from switch_t5.data.pipeline import DataConfig, get_vocabulary
 from switch_t5.data.rows import read_rows
@@ -27,6 +28,11 @@ class Truncation:
     cut: dict[str, int]
 
 
+def is_cut(tokens: Sequence[int], length: int) -> bool:
+    """Whether a text's tokens and their end of sequence are more than ``length``."""
+    return len(tokens) >= length
+
+
 def find_truncation(config: DataConfig) -> list[Truncation]:
     """Counts, for each labelled task that a configuration reads, what is cut of its first rows' examples.
 
@@ -40,8 +46,7 @@ def find_truncation(config: DataConfig) -> list[Truncation]:
         examples = [example for row in read_rows(task, config.split, EXAMINED) for example in task.examples(row)]
         cut = {}
         for feature, length in config.task_feature_lengths.items():
-            # A token of each is the end of sequence.
-            texts = (getattr(example, feature) for example in examples)
-            cut[feature] = sum(len(vocabulary.encode(text)) >= length for text in texts)
+            tokens = (vocabulary.encode(getattr(example, feature)) for example in examples)
+            cut[feature] = sum(is_cut(of_example, length) for of_example in tokens)
         found.append(Truncation(task.name, len(examples), cut))
     return found

@@ -80,21 +80,26 @@ def count_sentinels(vocabulary: seqio.Vocabulary) -> int:
 
 
 def vocabulary_fingerprint(vocabulary: seqio.Vocabulary) -> str:
-    """Tells vocabularies apart by their pieces; those without a model of pieces by kind and size."""
+    """Tells vocabularies apart by their SentencePiece model with its sentinels; those without by kind and size."""
     model: Any = getattr(vocabulary, "sp_model", None)
     if model is None:
         return f"{type(vocabulary).__name__}, {vocabulary.vocab_size} entries"
     return hashlib.sha256(model).hexdigest()
 
 
-def begins_with_pieces_of(vocabulary: seqio.Vocabulary, path: str) -> bool:
-    """Whether the first pieces of a vocabulary are those of a SentencePiece model's file.
+def begins_with_pieces_of(vocabulary: seqio.Vocabulary, model: bytes, what: str) -> bool:
+    """Whether the first pieces of a vocabulary are those of a SentencePiece model.
+
+    Args:
+      vocabulary: of any kind.
+      model: the content of its file.
+      what: that file, for the sentence.
 
     Raises:
-      UserError: the file cannot be read or is no such model.
+      UserError: it is no such model.
     """
     tokenizer: Any = getattr(vocabulary, "tokenizer", None)
-    pieces = _read_pieces(path)
+    pieces = _pieces(model, what)
     if tokenizer is None or tokenizer.GetPieceSize() < len(pieces):
         return False
     return pieces == [tokenizer.IdToPiece(number) for number in range(len(pieces))]
@@ -193,22 +198,26 @@ def train_sentencepiece(
 
 
 def _read_pieces(path: str) -> list[str]:
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
     if path.startswith(("http://", "https://")):
         raise UserError(f"Vocabulary {path} is on the web: download it and give the file's path (or gs://...).")
     try:
         serialized = epath.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"Vocabulary {path} cannot be read: {error.strerror or error}.") from None
+    return _pieces(serialized, f"Vocabulary {path}")
+
+
+def _pieces(serialized: bytes, what: str) -> list[str]:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(serialized)
     except DecodeError:
         model.Clear()
     if not model.pieces:
-        raise UserError(f"Vocabulary {path} is not a SentencePiece model.")
+        raise UserError(f"{what} is not a SentencePiece model.")
     return [piece.piece for piece in model.pieces]
 
 

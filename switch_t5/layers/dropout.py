@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -38,8 +40,9 @@ def drop(x: Array, keep: Array | None, rate: float) -> Array:
     if keep is None:
         return x
     # Products have rows of one dimension on a CPU. Where gradients are of more, XLA computes this for each of two
-    # products anew, the draws of each entry included, and once in a transposed order: a sixth of a step.
-    shape = (-1, x.shape[-1]) if target_platform() == "cpu" and not is_partitioned() else x.shape
+    # products anew, the draws of each entry included, and once in a transposed order.
+    rows = math.prod(x.shape[:-1])
+    shape = (rows, x.shape[-1]) if target_platform() == "cpu" and not is_partitioned() else x.shape
     flat, keep = x.reshape(shape), jnp.broadcast_to(keep, x.shape).reshape(shape)
     return jnp.where(keep, flat / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype).reshape(x.shape)
 
@@ -59,7 +62,6 @@ def row_dropout_mask(numbers: Array, width: int, rate: float, rng: Array | None,
     """
     if rng is None or rate == 0:
         return None
-
     every = width * shard_count(columns)
 
     def keep(number: Array) -> Array:

@@ -8,10 +8,13 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors
+
+APPEND: Final = "append"
+"""In place of the step that a run resumes from: nothing that is there is taken back, whatever its step."""
 
 
 class MetricsFile:
@@ -25,13 +28,16 @@ class MetricsFile:
     A line reaches the operating system before `write` returns, so it outlives the process however that ends.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_step: int | None, *, active: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], resume_step: int | Literal["append"] | None, *, active: bool = True
+    ) -> None:
         """Opens the file, taking back what a resumed run will write again.
 
         Args:
           path: the file; its folder exists.
           resume_step: the step of the checkpoint that the run goes on from: entries of later steps are
-            removed, and a last line that a kill cut short. None for a run from the start: all are.
+            removed, and a last line that a kill cut short. None for a run from the start: all are. :data:`APPEND`
+            leaves all as they are.
           active: False in the processes of a run that do not write.
 
         Raises:
@@ -41,7 +47,8 @@ class MetricsFile:
         self._file = None
         if active:
             with self._errors():
-                self._take_back(resume_step)
+                if resume_step != APPEND:
+                    self._take_back(resume_step)
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def __enter__(self) -> MetricsFile:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from switch_t5.storage import storage_errors, writable_directory
+from switch_t5.training.metrics_file import APPEND
 
 
 class TensorBoard:
@@ -21,13 +22,16 @@ class TensorBoard:
     waits forever for its thread once a full disk has ended it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], resume_step: int | None, *, active: bool = True) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], resume_step: int | Literal["append"] | None, *, active: bool = True
+    ) -> None:
         """Opens an event file.
 
         Args:
           directory: where; made if missing. The files of earlier runs there stay.
           resume_step: the step of the checkpoint that the run goes on from: TensorBoard then hides what an
             interrupted run wrote of later steps. None for a run from the start.
+            :data:`~switch_t5.training.metrics_file.APPEND` hides nothing.
           active: False in the processes of a run that do not write.
 
         Raises:
@@ -40,19 +44,15 @@ class TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
 
         events, _ = _protos()
-        first_step = 0 if resume_step is None else resume_step + 1
+        first_step = resume_step + 1 if isinstance(resume_step, int) else 0
         writable_directory(self._directory, "The TensorBoard folder")
         with self._errors():
             # The name holds seconds; the rest keeps two files of one second apart.
             suffix = f".{os.getpid()}.{first_step}"
             self._writer = EventsWriter(os.fspath(self._directory / "events"), suffix)
-            self._writer.write_event(
-                events.Event(
-                    step=first_step,
-                    wall_time=time.time(),
-                    session_log=events.SessionLog(status=events.SessionLog.START),
-                )
-            )
+            if resume_step != APPEND:
+                start = events.SessionLog(status=events.SessionLog.START)
+                self._writer.write_event(events.Event(step=first_step, wall_time=time.time(), session_log=start))
             self._writer.flush()
 
     def __enter__(self) -> TensorBoard:

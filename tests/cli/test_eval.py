@@ -22,5 +22,5 @@ def test_flags_that_have_no_effect_are_refused(
     words: list[str], first: str, beside: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", *words]) == 2
-    told = f"switch-t5: --{first} has no effect with --{beside}: leave it out, or run the command once more.\n"
+    told = f"switch-t5: --{first} has no effect with --{beside}: give one of them.\n"
     assert capsys.readouterr().err == told

@@ -14,7 +14,7 @@ from switch_t5.checkpoint.manager import Checkpointer
 from switch_t5.cli.build import Run, RunSpec
 from switch_t5.cli.configuration import Configuration
 from switch_t5.cli.trained import load_params, load_state, load_teacher, student_state, upcycled_state
-from switch_t5.cli.trained_vocabulary import check_vocabulary
+from switch_t5.cli.trained_vocabulary import check_embedding, check_vocabulary
 from switch_t5.data.pipeline import BatchIterator, DataConfig
 from switch_t5.errors import ConfigError, UserError
 from switch_t5.model.upcycling import UpcyclingConfig
@@ -202,8 +202,35 @@ def test_the_pieces_of_a_hugging_face_folder_are_the_vocabularys_first(vocabular
     check_vocabulary(own, str(tmp_path))
     shutil.copy(vocabulary_file, tmp_path / "spiece.model")
     check_vocabulary(own, str(tmp_path))
-    with pytest.raises(UserError, match=r"another vocabulary \(that of its spiece\.model\): set DataConfig\.vocab"):
-        check_vocabulary(run_of(), str(tmp_path))
+    check_vocabulary(own, f"file://{tmp_path}")
+    other = tmp_path / "other.model"
+    other.write_bytes(Path(vocabulary_file).read_bytes().replace("▁the".encode(), "▁tha".encode()))
+    pieces = f"DataConfig.vocabulary_path={other}", "TransformerConfig.vocab_size=512"
+    for run in (run_of(), run_of(*pieces)):
+        for place in (str(tmp_path), f"file://{tmp_path}"):
+            with pytest.raises(UserError, match=r"another vocabulary \(that of its spiece\.model\): set DataConfig"):
+                check_vocabulary(run, place)
+
+
+def test_a_checkpoint_of_pieces_tells_them_apart_and_one_that_says_nothing_passes(
+    vocabulary_file: str, of_a_vocabulary: str, tmp_path: Path
+) -> None:
+    pieces = run_of(f"DataConfig.vocabulary_path={vocabulary_file}", "TransformerConfig.vocab_size=512")
+    with pytest.raises(UserError, match=r"ByteVocabulary, 359 entries, where this run's is pieces and sentinels of"):
+        check_vocabulary(pieces, of_a_vocabulary)
+    copy = tmp_path / "copy"
+    shutil.copytree(of_a_vocabulary, copy)
+    positions = copy / "checkpoints" / "3" / "data"
+    for shard in positions.glob("shard_*"):
+        shard.write_bytes(b"torn")
+    check_vocabulary(pieces, str(copy))
+    shutil.rmtree(positions)
+    check_vocabulary(pieces, str(copy))
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(vocabulary_file: str) -> None:
+    with pytest.raises(ConfigError, match="is 384, smaller than the vocabulary's 400 entries; 512 is the next"):
+        check_embedding(run_of(f"DataConfig.vocabulary_path={vocabulary_file}"))
 
 
 def test_mistakes_about_a_teacher_are_one_sentence(tmp_path) -> None:

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from switch_t5.cli.main import main
 from switch_t5.data.prepare import prepare
 from switch_t5.data.rows import FOLDER_VARIABLE, read_rows
 from switch_t5.data.text_to_text import get_task
@@ -159,7 +160,7 @@ def refused(family: str, source: Path, output: Path) -> str:
 
 BAD = CB[0] | {"label": 7}
 IS_BAD = "has the label 7; those of super_glue/cb are [0, 1, 2] or -1 for unknown"
-LEFT_OUT = "; --skip_malformed leaves such rows out."
+LEFT_OUT = "; --skip_malformed leaves such records out."
 
 
 def test_a_bad_row_of_a_table_is_named_by_its_number(output: Path, tmp_path: Path) -> None:
@@ -169,15 +170,21 @@ def test_a_bad_row_of_a_table_is_named_by_its_number(output: Path, tmp_path: Pat
 
 
 def test_text_of_a_table_that_is_not_utf8_is_named(output: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cb/train.parquet"
+    path = tmp_path / "copy/cb/train.parquet"
     rows = [{"premise": premise, "hypothesis": b"B", "label": 0} for premise in (b"A", b"caf\xe9")]
     write_parquet(path, rows)
-    assert refused("super_glue", tmp_path, output) == f"{path}:2 is not UTF-8 at byte 4{LEFT_OUT}"
-    # A column that says it is text, and is not: Arrow reads none of it.
+    assert refused("super_glue", tmp_path / "copy", output) == f"{path}:2 is not UTF-8 at byte 4{LEFT_OUT}"
+    # A column that says it is text, and is not: Arrow itself would read none of it.
     texts = pyarrow.array([b"A", b"caf\xe9"]).view(pyarrow.utf8())
     table = pyarrow.table({"premise": texts, "hypothesis": ["B", "B"], "label": [0, 0]})
     parquet.write_table(table, path)
-    assert refused("super_glue", tmp_path, output) == f"{path} has text that is not UTF-8 (b'caf\\xe9')."
+    assert refused("super_glue", tmp_path / "copy", output) == f"{path}:2 is not UTF-8 at byte 4{LEFT_OUT}"
+    (done,) = prepare("super_glue", tmp_path / "copy", output, skip_malformed=True)
+    assert (done.rows, len(done.malformed)) == (1, 1)
+    spans = pyarrow.ListArray.from_arrays([0, 1], pyarrow.StructArray.from_arrays([texts[1:]], ["text"]))
+    parquet.write_table(pyarrow.table({"premise": ["A"], "hypothesis": ["B"], "label": [0], "spans": spans}), path)
+    told = f"{path} has text inside of lists or records that is not UTF-8."
+    assert refused("super_glue", tmp_path / "copy", output) == told
 
 
 def test_malformed_rows_are_left_out_by_choice_and_counted(output: Path, tmp_path: Path) -> None:
@@ -276,6 +283,30 @@ def test_the_parts_of_a_split_are_joined(output: Path, tmp_path: Path) -> None:
         write_lines(tmp_path / f"cb/validation-0000{part}-of-00002.jsonl", [row])
     done = prepare("super_glue", tmp_path, output)
     assert {split.split: split.rows for split in done} == {"train": 2, "validation": 2}
+    assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
+
+
+def test_the_command_says_how_many_records_it_left_out(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cb/train.jsonl"
+    write_lines(path, [BAD, CB[0], BAD])
+    command = ["data", "prepare", "--dataset=super_glue", f"--input={tmp_path}"]
+    assert main(command) == 2
+    assert main([*command, "--skip_malformed"]) == 0
+    said = capsys.readouterr()
+    assert said.err.endswith(f"2 malformed records left out, the first: {path}:1 {IS_BAD}.\n")
+    assert said.out == f"super_glue/cb train: 1 rows in {output}/super_glue/cb/train.jsonl\n"
+
+
+def test_a_split_of_malformed_rows_alone_is_refused_and_an_older_one_stays(output: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "copy/cb/train.jsonl", CB)
+    prepare("super_glue", tmp_path / "copy", output)
+    write_lines(tmp_path / "copy/cb/train.jsonl", [BAD])
+    with pytest.raises(
+        UserError, match=r"^The train split of super_glue/cb has malformed rows alone, such as .*:1 has"
+    ):
+        prepare("super_glue", tmp_path / "copy", output, skip_malformed=True)
     assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
 
 
