@@ -17,7 +17,7 @@ from pathlib import Path
 from switch_t5.errors import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 FAILING = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG)
 """The system's numbers for a disk that is out of order, or out of reach."""
 

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check_flags(args)
     run = open_run(args.gin_file, args.gin_bindings, args.gin_search_paths)
+    if args.metrics is not None and Path(args.metrics).resolve() == Path(run.spec.train.model_dir).resolve():
+        raise UserError(f"--metrics={args.metrics} is MODEL_DIR, whose metrics are the run's own: name another folder.")
     if args.score_file is not None:
         return _score_file(run, args)
     if args.submission is not None:
@@ -70,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--predictions is of labelled tasks, and {run.spec.data.mixture_or_task_name} is none.")
     if scorer is None and not run.spec.train.eval_batches:
         raise UserError("TrainConfig.eval_batches is 0, which evaluates nothing: give a number of batches.")
+    params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
     with _recorder(if_first(args.metrics)) as record:
-        params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
         result: dict[str, Any] = {"step": step, "task": run.spec.data.mixture_or_task_name}
         if run.spec.train.eval_batches:
             held_out = _held_out(run, params, args.unigram_batches)
@@ -91,11 +93,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Refuses a flag that can have no effect.
+    """Refuses what cannot be used before anything is read.
 
     Raises:
-      UserError: the first such flag.
+      UserError: a flag is empty, names a file where a folder is wanted, or has no effect beside another.
     """
+    for flag in ("checkpoint", "predictions", "submission", "score_file", "metrics"):
+        if getattr(args, flag) == "":
+            raise UserError(f"--{flag} is empty: give it a path, or leave it out.")
+    for flag in ("predictions", "submission", "metrics"):
+        if getattr(args, flag) is not None and Path(getattr(args, flag)).is_file():
+            raise UserError(f"--{flag}={getattr(args, flag)} is a file: name a folder.")
     if args.unigram_batches < 1:
         raise UserError(f"--unigram_batches must be at least 1, got {args.unigram_batches}.")
     for flag, excluded in _EXCLUDED.items():
@@ -199,9 +207,12 @@ def _submit(run: Run, args: argparse.Namespace) -> int:
     from switch_t5.cli.trained import load_params
     from switch_t5.data.superglue import TASKS
     from switch_t5.data.superglue_files import submission_lines, write_submission
+    from switch_t5.data.text_to_text import task_names_of
     from switch_t5.inference.task_scores import TaskScorer
 
-    asked = run.spec.evaluation.tasks
+    own = task_names_of(run.spec.data.mixture_or_task_name)
+    # All of them of a mixture, for its diagnostics are no part of it.
+    asked = run.spec.evaluation.tasks or (own if len(own) == 1 else None)
     names = tuple(task.name for task in TASKS if task.dataset.startswith("super_glue/") and "test" in task.splits)
     names = tuple(name for name in names if asked is None or name in asked)
     if not names:

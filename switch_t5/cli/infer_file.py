@@ -219,7 +219,7 @@ class _Lines:
         origin = self._path.with_name(self._path.name + ".origin")
         text = json.dumps(self._origin, indent=1)
         with storage_errors(f"Writing {self._path}"):
-            if self._path.exists():
+            if self._path.exists() and self._path.stat().st_size:
                 if not origin.exists() or origin.read_text() != text:
                     raise UserError(
                         f"{self._path} holds the answers to another input, checkpoint or decoding: name another "

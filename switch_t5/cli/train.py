@@ -150,10 +150,11 @@ def _check_vocabulary(run: Run) -> None:
     """
     from switch_t5.cli.trained_vocabulary import check_embedding, check_vocabulary
 
-    check_embedding(run)
     train = run.spec.train
     if train.initial_checkpoint_path is not None and not _is_begun(Path(train.model_dir)):
         check_vocabulary(run, train.initial_checkpoint_path)
+    else:
+        check_embedding(run)
 
 
 def _write_configuration(configuration: Configuration, model_dir: Path) -> None:

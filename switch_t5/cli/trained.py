@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switch_t5.cli.trained_vocabulary import check_embedding, check_vocabulary
+from switch_t5.cli.trained_vocabulary import check_vocabulary
 from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,6 +126,4 @@ def open_run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Se
     if not Path(spec.train.model_dir).is_dir():
         raise UserError(f"MODEL_DIR {spec.train.model_dir} does not exist: train first, or name the folder of a run.")
     with configuration.locating_errors():
-        run = Run(spec)
-        check_embedding(run)
-    return run
+        return Run(spec)

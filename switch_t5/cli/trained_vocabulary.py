@@ -35,14 +35,14 @@ def check_embedding(run: Run) -> None:
 
 
 def check_vocabulary(run: Run, path: str) -> None:
-    """Checks the run's vocabulary against what a checkpoint says of its own.
+    """Checks the run's vocabulary against what a checkpoint says of its own, and against the embedding.
 
     Args:
       run: what is to use the checkpoint.
       path: see :func:`switch_t5.checkpoint.formats.format_of`.
 
     Raises:
-      UserError: it was trained with another, or there is no checkpoint.
+      UserError: it was trained with another, the embedding has too few rows, or there is no checkpoint.
     """
     from switch_t5.checkpoint.folder import read_file
     from switch_t5.checkpoint.format_names import HUGGING_FACE, NATIVE
@@ -59,6 +59,7 @@ def check_vocabulary(run: Run, path: str) -> None:
         file = f"{place}/{_HUGGING_FACE_MODEL}"
         if not begins_with_pieces_of(get_vocabulary(run.spec.data), model, file):
             raise _another(path, f"that of its {_HUGGING_FACE_MODEL}")
+    check_embedding(run)
 
 
 def _saved_fingerprint(place: str) -> str | None:

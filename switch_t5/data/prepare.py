@@ -69,7 +69,7 @@ def prepare(family: str, source: Path, output: Path, *, skip_malformed: bool = F
 
     Raises:
       UserError: there is no such family or folder, no file of it, or a dataset has one split in several folders or a
-        malformed row (with ``skip_malformed``: a split without any other); then nothing is written of that dataset.
+        malformed row, or a split without rows; then nothing is written of that dataset.
     """
     if family not in families():
         raise UserError(f"There is no dataset called {family!r}.{closest(family, families())}")
@@ -84,8 +84,9 @@ def prepare(family: str, source: Path, output: Path, *, skip_malformed: bool = F
         for split, files in _files_of(dataset, source).items():
             malformed = [] if skip_malformed else None
             rows = [row for file in files for row in _rows(dataset, task, split, file, malformed)]
-            if malformed and not rows:
-                raise UserError(f"The {split} split of {dataset} has malformed rows alone, such as {malformed[0]}.")
+            if not rows:
+                others = f", but malformed ones such as {malformed[0]}" if malformed else ""
+                raise UserError(f"The {split} split of {dataset} has no row in {files[0]}{others}.")
             read[split] = rows, malformed or []
         for split, (rows, malformed) in read.items():
             path = writable_directory(output / dataset, "The data folder") / f"{split}.jsonl"

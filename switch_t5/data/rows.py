@@ -80,13 +80,25 @@ def parse_row(line: bytes) -> dict[str, Any]:
     Raises:
       UserError: a clause that says what it is instead.
     """
+    text = decoded(line)
     try:
-        row = json.loads(decoded(line))
+        row = json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise UserError(f"is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON that can be read: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"must be a JSON object, got {type(row).__name__}")
+    if "\\u" in text:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError("has half of a surrogate pair, which is no text") from None
     return row
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def decoded(text: bytes) -> str:
@@ -96,7 +108,7 @@ def decoded(text: bytes) -> str:
       UserError: a clause that says where they are no text.
     """
     try:
-        return text.decode("utf-8")
+        return text.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 at byte {error.start + 1}") from None
 

@@ -89,7 +89,9 @@ class TextToTextTask:
           UserError: a clause that says what is wrong with the row.
         """
         for field in (*self.fields, *(self.target_fields if labelled else ())):
-            if row.get(field) is None:
+            if field in row and row[field] is None:
+                raise UserError(f"has null in the field {field!r} of {self.dataset}")
+            if field not in row:
                 has = ", ".join(map(repr, row)) or "none"
                 near = closest(field, row).replace(" Did", " (did").replace("?", "?)")
                 raise UserError(f"lacks the field {field!r} of {self.dataset}; it has {has}{near}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -37,7 +38,7 @@ class MetricsFile:
           path: the file; its folder exists.
           resume_step: the step of the checkpoint that the run goes on from: entries of later steps are
             removed, and a last line that a kill cut short. None for a run from the start: all are. :data:`APPEND`
-            leaves all as they are.
+            removes that last line alone.
           active: False in the processes of a run that do not write.
 
         Raises:
@@ -47,8 +48,7 @@ class MetricsFile:
         self._file = None
         if active:
             with self._errors():
-                if resume_step != APPEND:
-                    self._take_back(resume_step)
+                self._take_back(sys.maxsize if resume_step == APPEND else resume_step)
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def __enter__(self) -> MetricsFile:

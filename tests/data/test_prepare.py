@@ -139,6 +139,12 @@ def test_a_split_that_a_task_lacks_is_refused(output: Path) -> None:
         (b'\n\n{"premise": "A", "label": 0}\n', "train.jsonl:3 lacks the field 'hypothesis' of super_glue/cb"),
         (b'{"premise": "\xff"}\n', "train.jsonl:1 is not UTF-8 at byte 14"),
         (b"[]\n", "train.jsonl:1 must be a JSON object, got list"),
+        (b'{"premise": "\\ud800", "hypothesis": "B", "label": 0}\n', "train.jsonl:1 has half of a surrogate pair"),
+        (b'{"premise": "A", "hypothesis": "B", "label": NaN}\n', "train.jsonl:1 .* NaN is no number of JSON"),
+        (b"[" * 100_000 + b"\n", "train.jsonl:1 is not JSON that can be read"),
+        (b"1" * 5000 + b"\n", "train.jsonl:1 is not JSON that can be read"),
+        (b'{"premise": null, "hypothesis": "B", "label": 0}\n', "train.jsonl:1 has null in the field 'premise'"),
+        (b"\n", "The train split of super_glue/cb has no row in .*train.jsonl."),
     ],
 )
 def test_a_malformed_line_is_named_and_nothing_written(
@@ -216,6 +222,14 @@ def test_a_bad_row_of_a_prepared_file_is_named_by_its_line(output: Path) -> None
     with pytest.raises(UserError) as caught:
         read_rows(get_task("super_glue_cb_v102"), "train")
     assert str(caught.value) == f"{path}:4 must be a JSON object, got list."
+
+
+def test_a_byte_order_mark_and_a_whole_surrogate_pair_are_read(output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy/cb/train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('\ufeff{"premise": "\\ud83d\\ude00", "hypothesis": "B", "label": 0}\n', encoding="utf-8")
+    prepare("super_glue", tmp_path / "copy", output)
+    assert read_rows(get_task("super_glue_cb_v102"), "train")[0]["premise"] == "\U0001f600"
 
 
 def test_nothing_is_written_of_a_dataset_with_a_bad_split(output: Path, tmp_path: Path) -> None:
@@ -304,7 +318,7 @@ def test_a_split_of_malformed_rows_alone_is_refused_and_an_older_one_stays(outpu
     prepare("super_glue", tmp_path / "copy", output)
     write_lines(tmp_path / "copy/cb/train.jsonl", [BAD])
     with pytest.raises(
-        UserError, match=r"^The train split of super_glue/cb has malformed rows alone, such as .*:1 has"
+        UserError, match=r"^The train split of super_glue/cb has no row in .*, but malformed ones such as .*:1 has"
     ):
         prepare("super_glue", tmp_path / "copy", output, skip_malformed=True)
     assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
