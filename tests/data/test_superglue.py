@@ -307,9 +307,7 @@ def test_a_row_of_other_kinds_is_refused(name: str, row: dict[str, Any], message
 def test_only_test_rows_may_lack_a_label(row: dict[str, Any]) -> None:
     task = get_task("super_glue_rte_v102")
     task.check(row, labelled=False)
-    with pytest.raises(
-        UserError, match=r"has no answer that super_glue_rte|(lacks|has null in) the field 'label'"
-    ):
+    with pytest.raises(UserError, match=r"has no answer that super_glue_rte|(lacks|has null in) the field 'label'"):
         task.check(row)
 
 
