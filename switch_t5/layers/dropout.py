@@ -65,9 +65,11 @@ def row_dropout_mask(numbers: Array, width: int, rate: float, rng: Array | None,
     every = width * shard_count(columns)
 
     def keep(number: Array) -> Array:
-        # Two draws of 16 bits from each word: words are what takes time, and a rate is met within 1 / 2^17.
-        words = jax.random.bits(jax.random.fold_in(rng, number), (-(-every // 2),), jnp.uint32)
-        whole = jnp.concatenate([words & 0xFFFF, words >> 16])[:every] < round((1 - rate) * 2**16)
+        # Four draws of 16 bits from each hash, for hashes are what takes time; a key is all 64 bits of one, where
+        # jax.random.bits returns half of them. A rate is met within 1 / 2^17.
+        hashes = jax.random.split(jax.random.fold_in(rng, number), -(-every // 4))
+        draws = jax.random.key_data(hashes)[..., None] >> jnp.array([0, 16], jnp.uint32) & 0xFFFF
+        whole = draws.reshape(-1)[:every] < round((1 - rate) * 2**16)
         return jax.lax.dynamic_slice_in_dim(whole, shard_index(columns) * width, width)
 
     return jax.vmap(keep)(numbers.reshape(-1)).reshape(*numbers.shape, width)
