@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import statistics
 import subprocess
@@ -22,15 +21,10 @@ def times(
     warm_up: int = 1,
     statistic: Callable[[Iterable[float]], float] = statistics.median,
 ) -> dict[str, tuple[float, float]]:
-    """(Wall, CPU) seconds of each function, called in turn: medians, or another statistic; the first rounds warm up.
-
-    A round has an order of its own, for caches and memory are left otherwise by one function than by another.
-    """
-    order, shuffle = list(functions.items()), random.Random(0).shuffle
+    """(Wall, CPU) seconds of each function, called in turn: medians, or another statistic; the first rounds warm up."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(warm_up + repeats):
-        shuffle(order)
-        for name, function in order:
+        for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             function()
             seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
