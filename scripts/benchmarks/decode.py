@@ -6,7 +6,8 @@
 The model is that of ``train_step.py``, an input has 512 tokens, an output 64, and none ends before. Each row runs in a
 process of its own, which times the whole (encoder and all steps), the same with one token, the encoder with the
 decoder's keys and values of its output, which are made once for an input, and the floor's products, again and again. A
-step is the difference of the first two over 63.
+step is the difference of the first two over 63. Each of the three comes after a read of a gigabyte, so that none finds
+weights in the processor's cache.
 
 The floor is the encoder's and those keys' and values' products, and for each step the larger of two: the step's own
 products, on arrays of the same shapes; and one read of the weights that a step needs at the bandwidth with which this
@@ -144,15 +145,16 @@ def measure(experts: int, batch: int, beams: int, *, repeats: int) -> dict[str, 
     encoder = jax.jit(encoding).lower(params, tokens).compile()
     encoder_floor, step_floor = (_program(rows) for rows in _products(experts, batch, beams))
     read, bytes_read = _read()
-    # In an order in which none finds weights in the processor's cache that the one before has read.
     seconds = times(
         {
-            "whole": lambda: jax.block_until_ready(whole(params, tokens, numbers)),
             "encoder floor": encoder_floor,
-            "first": lambda: jax.block_until_ready(first(params, tokens, numbers)),
             "step floor": step_floor,
-            "encoder": lambda: jax.block_until_ready(encoder(params, tokens)),
             "read": read,
+            "whole": lambda: jax.block_until_ready(whole(params, tokens, numbers)),
+            "read before the encoder": read,
+            "encoder": lambda: jax.block_until_ready(encoder(params, tokens)),
+            "read before the first": read,
+            "first": lambda: jax.block_until_ready(first(params, tokens, numbers)),
         },
         repeats,
     )
