@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
 from switch_t5.data.rows import decoded, parse_row
 from switch_t5.errors import UserError
 from switch_t5.storage import storage_errors
@@ -68,6 +66,7 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
     from switch_t5.cli.processes import as_the_first, is_first
     from switch_t5.cli.trained import load_params
     from switch_t5.data.pipeline import get_vocabulary
+    from switch_t5.data.truncation import ended, is_cut
 
     params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
     vocabulary, predictor, counts = get_vocabulary(run.spec.data), run.predictor, Counts()
@@ -80,9 +79,9 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
         for _ in range(done):
             next(source, None)
         for rows in _chunks(source, chunk):
-            encoded = [np.asarray([*vocabulary.encode(text), vocabulary.eos_id], np.int32) for _, text in rows]
-            counts.truncated += sum(len(tokens) > predictor.inputs_length for tokens in encoded)
-            encoded = [_cut(tokens, predictor.inputs_length) for tokens in encoded]
+            encoded = [vocabulary.encode(text) for _, text in rows]
+            counts.truncated += sum(is_cut(tokens, predictor.inputs_length) for tokens in encoded)
+            encoded = [ended(vocabulary, tokens, predictor.inputs_length) for tokens in encoded]
             for (number, text), outputs in zip(
                 rows, predictor(params, encoded, [number for number, _ in rows]), strict=True
             ):
@@ -102,11 +101,6 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
     notes += [f"{done} were done before"] if done else []
     print(", ".join(notes) + ".", file=sys.stderr)
     return 0
-
-
-def _cut(tokens: np.ndarray, length: int) -> np.ndarray:
-    """The first tokens, the last of them still the end of sequence."""
-    return tokens if len(tokens) <= length else np.append(tokens[: length - 1], tokens[-1])
 
 
 def _field(args: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ from switch_t5.data.text_to_text import (
     TextToTextTask,
     joined,
     label_text,
+    text_of,
 )
 
 _ANLI = ("entailment", "neutral", "contradiction")
@@ -66,7 +67,7 @@ def closed_book_answers(row: Row) -> list[str]:
 
 def closed_book(prefix: str, row: Row) -> list[Example]:
     """A question without a paragraph, to its first answer."""
-    return [Example(f"{prefix} question: {row['question']}", (closed_book_answers(row) or [UNKNOWN])[0], row)]
+    return [Example(f"{prefix} question: {text_of(row, 'question')}", (closed_book_answers(row) or [UNKNOWN])[0], row)]
 
 
 def closed_book_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from switch_t5.data.metrics_summarization import rouge
-from switch_t5.data.text_to_text import UNKNOWN, Example, Row, Scores, TextToTextTask
+from switch_t5.data.text_to_text import UNKNOWN, Example, Row, Scores, TextToTextTask, text_of
 
 
 def summary(document: str, abstract: str, row: Row) -> list[Example]:
     """``summarize: document`` to the abstract; the names of the row's fields are given."""
-    return [Example(f"summarize: {row[document]}", row.get(abstract) or UNKNOWN, row)]
+    return [Example(f"summarize: {text_of(row, document)}", row.get(abstract) or UNKNOWN, row)]
 
 
 def rouge_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:

@@ -170,7 +170,18 @@ def task_names_of(name: str) -> tuple[str, ...]:
 def joined(prefix: str, row: Row, keys: Sequence[str] | None = None) -> str:
     """``prefix key: value key: value``, of the keys given or of all but label and idx, sorted."""
     keys = sorted(set(row) - {"label", "idx"}) if keys is None else keys
-    return " ".join([prefix, *(f"{key}: {row[key]}" for key in keys)])
+    return " ".join([prefix, *(f"{key}: {text_of(row, key)}" for key in keys)])
+
+
+def text_of(row: Row, key: str) -> str:
+    """The text of a field.
+
+    Raises:
+      TypeError: it has something else.
+    """
+    if not isinstance(row[key], str):
+        raise TypeError(f"its {key!r} is not a text but of type {type(row[key]).__name__}")
+    return row[key]
 
 
 def label_text(row: Row, labels: Sequence[str]) -> str:

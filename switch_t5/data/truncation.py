@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from switch_t5.data.pipeline import DataConfig, get_vocabulary
 from switch_t5.data.rows import read_rows
 from switch_t5.data.text_to_text import get_task, task_names_of
+
+if TYPE_CHECKING:
+    import seqio
 
 EXAMINED = 1000
 """Rows of a split that are looked at: encoding all of a large one would take minutes."""
@@ -31,6 +37,11 @@ class Truncation:
 def is_cut(tokens: Sequence[int], length: int) -> bool:
     """Whether a text's tokens and their end of sequence are more than ``length``."""
     return len(tokens) >= length
+
+
+def ended(vocabulary: seqio.Vocabulary, tokens: Sequence[int], length: int) -> np.ndarray:
+    """The first of a text's tokens and the end of sequence, ``length`` int32 at the most."""
+    return np.asarray([*tokens[: length - 1], vocabulary.eos_id], np.int32)
 
 
 def find_truncation(config: DataConfig) -> list[Truncation]:

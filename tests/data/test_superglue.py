@@ -295,6 +295,11 @@ def test_a_malformed_row_is_refused(row: dict[str, Any], message: str) -> None:
             {"question": 1, "answer": "a", "paragraph": "p", "idx": {}, "label": 1},
             "super_glue/multirc is ('int' object has no attribute 'replace')",
         ),
+        (
+            "super_glue_boolq_v102",
+            {"question": "q", "passage": ["p"], "label": 1},
+            "super_glue/boolq is (its 'passage' is not a text but of type list)",
+        ),
     ],
 )
 def test_a_row_of_other_kinds_is_refused(name: str, row: dict[str, Any], message: str) -> None:

@@ -141,6 +141,8 @@ def test_rouge_takes_a_full_stop_between_spaces_for_a_sentences_end() -> None:
         ("arc_easy", {"choices": ["x", "y"]}),
         ("squad_v010_allanswers", {"answers": ["Ann"]}),
         ("squad_v010_allanswers", {"context": 7}),
+        ("natural_questions_open", {"question": ["q"]}),
+        ("xsum_v110", {"document": 7}),
         ("natural_questions_open", {"answer": []}),
     ],
 )
