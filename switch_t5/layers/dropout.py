@@ -64,11 +64,14 @@ def row_dropout_mask(numbers: Array, width: int, rate: float, rng: Array | None,
         return None
     every = width * shard_count(columns)
 
+    # Whatever the key's kind: vectorized draws of others follow from all rows together.
+    threefry = jax.random.wrap_key_data(jax.random.key_data(rng)[:2], impl="threefry2x32")
+
     def keep(number: Array) -> Array:
-        # Four draws of 16 bits from each hash, for hashes are what takes time; a key is all 64 bits of one, where
-        # jax.random.bits returns half of them. A rate is met within 1 / 2^17.
-        hashes = jax.random.split(jax.random.fold_in(rng, number), -(-every // 4))
-        draws = jax.random.key_data(hashes)[..., None] >> jnp.array([0, 16], jnp.uint32) & 0xFFFF
+        # Four draws of 16 bits from each hash, for hashes are what takes time: a key of threefry, which serves nothing
+        # else here, is all 64 bits of one, where jax.random.bits gives half of them. A rate is met within 1 / 2^17.
+        keys = jax.random.split(jax.random.fold_in(threefry, number), -(-every // 4))
+        draws = jax.random.key_data(keys)[..., None] >> jnp.array([0, 16], jnp.uint32) & 0xFFFF
         whole = draws.reshape(-1)[:every] < round((1 - rate) * 2**16)
         return jax.lax.dynamic_slice_in_dim(whole, shard_index(columns) * width, width)
 
