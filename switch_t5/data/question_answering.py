@@ -23,6 +23,7 @@ from switch_t5.data.text_to_text import (
     joined,
     label_text,
     text_of,
+    texts_of,
 )
 
 _ANLI = ("entailment", "neutral", "contradiction")
@@ -42,12 +43,12 @@ def padded_punctuation(text: str) -> str:
 
 def squad_answers(row: Row) -> list[str]:
     """The right answers, as the text has them."""
-    return [padded_punctuation(answer) for answer in (row.get("answers") or {"text": ()})["text"]]
+    return [padded_punctuation(answer) for answer in texts_of(row.get("answers") or {"text": ()}, "text")]
 
 
 def squad(row: Row) -> list[Example]:
     """A question about a paragraph, to its first answer."""
-    shown = {key: padded_punctuation(row[key]) for key in ("question", "context")}
+    shown = {key: padded_punctuation(text_of(row, key)) for key in ("question", "context")}
     inputs = _SPACES.sub(" ", f"question: {shown['question']} context: {shown['context']}")
     return [Example(inputs, (squad_answers(row) or [UNKNOWN])[0], row)]
 
@@ -59,10 +60,12 @@ def squad_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Sco
 
 def closed_book_answers(row: Row) -> list[str]:
     """All right answers, whatever the dataset calls them."""
-    found: Any = row.get("answer", row.get("answers"))
+    key = "answer" if "answer" in row else "answers"
+    found: Any = row.get(key)
     if isinstance(found, dict):
-        return list(dict.fromkeys([found["value"], *found.get("aliases", ())]))
-    return [found] if isinstance(found, str) else list(found or ())
+        aliases = texts_of(found, "aliases") if "aliases" in found else []
+        return list(dict.fromkeys([text_of(found, "value"), *aliases]))
+    return [found] if isinstance(found, str) else texts_of(row, key) if found else []
 
 
 def closed_book(prefix: str, row: Row) -> list[Example]:
@@ -77,8 +80,9 @@ def closed_book_scores(examples: Sequence[Example], predictions: Sequence[str]) 
 
 def arc(row: Row) -> list[Example]:
     """A question with its choices, to the right one's name."""
-    texts, marks = row["choices"]["text"], list(row["choices"]["label"])
-    shown = {f"choice{number}": text for number, text in enumerate(texts, start=1)} | {"question": row["question"]}
+    texts, marks = texts_of(row["choices"], "text"), texts_of(row["choices"], "label")
+    shown = {f"choice{number}": text for number, text in enumerate(texts, start=1)}
+    shown |= {"question": text_of(row, "question")}
     key = row.get("answerKey")
     target = f"choice{marks.index(key) + 1}" if key in marks else UNKNOWN
     return [Example(joined("arc", shown), target, row)]
@@ -94,7 +98,7 @@ def winogrande(row: Row) -> list[Example]:
 
 def anli(row: Row) -> list[Example]:
     """Adversarial NLI; TFDS calls the premise context."""
-    shown = {"hypothesis": row["hypothesis"], "premise": row["context" if "context" in row else "premise"]}
+    shown = {"hypothesis": row["hypothesis"], "premise": text_of(row, "context" if "context" in row else "premise")}
     return [Example(joined("anli", shown), label_text(row, _ANLI), row)]
 
 

@@ -11,7 +11,9 @@ from switch_t5.data.text_to_text import UNKNOWN, Example, Row, Scores, TextToTex
 
 def summary(document: str, abstract: str, row: Row) -> list[Example]:
     """``summarize: document`` to the abstract; the names of the row's fields are given."""
-    return [Example(f"summarize: {text_of(row, document)}", row.get(abstract) or UNKNOWN, row)]
+    return [
+        Example(f"summarize: {text_of(row, document)}", text_of(row, abstract) if row.get(abstract) else UNKNOWN, row)
+    ]
 
 
 def rouge_scores(examples: Sequence[Example], predictions: Sequence[str]) -> Scores:

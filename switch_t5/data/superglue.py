@@ -22,6 +22,8 @@ from switch_t5.data.text_to_text import (
     joined,
     label_numbers,
     label_text,
+    text_of,
+    texts_of,
 )
 
 BOOLEANS = ("False", "True")
@@ -51,23 +53,24 @@ _SENTENCE_HIGHLIGHT = re.compile(r"([.?!\"'])\n@highlight\n")
 
 def diagnostic(row: Row) -> list[Example]:
     """The broad-coverage diagnostic, whose sentences are named as those of GLUE, as RTE."""
-    renamed = {"premise": row["sentence1"], "hypothesis": row["sentence2"], "label": row.get("label")}
+    renamed = {"premise": text_of(row, "sentence1"), "hypothesis": text_of(row, "sentence2"), "label": row.get("label")}
     return [Example(joined("rte", renamed, ("hypothesis", "premise")), label_text(renamed, ENTAILMENT), row)]
 
 
 def multirc(row: Row) -> list[Example]:
     """An answer to a question about a paragraph, right or wrong; the paragraph's markup goes."""
     keys = ("question", "answer", "paragraph")
-    plain = {key: re.sub(r"</?b>", "", row[key].replace("<br>", " ")) for key in keys}
+    plain = {key: re.sub(r"</?b>", "", text_of(row, key).replace("<br>", " ")) for key in keys}
     return [Example(joined("multirc", plain, keys), label_text(row, BOOLEANS), row)]
 
 
 def record(row: Row) -> list[Example]:
     """A query with a blank and the entities that may fill it; an example for each that does."""
-    passage = _SENTENCE_HIGHLIGHT.sub(r"\1 ", row["passage"]).replace("\n@highlight\n", ". ")
-    shown = {"query": row["query"], "entities": ", ".join(row["entities"]), "passage": passage}
+    passage = _SENTENCE_HIGHLIGHT.sub(r"\1 ", text_of(row, "passage")).replace("\n@highlight\n", ". ")
+    shown = {"query": row["query"], "entities": ", ".join(texts_of(row, "entities")), "passage": passage}
     inputs = joined("record", shown, ("query", "entities", "passage"))
-    return [Example(inputs, answer, row) for answer in row.get("answers") or [UNKNOWN]]
+    answers = texts_of(row, "answers") if row.get("answers") else [UNKNOWN]
+    return [Example(inputs, answer, row) for answer in answers]
 
 
 def wsc(row: Row, *, only_true: bool = False) -> list[Example]:
@@ -79,7 +82,7 @@ def wsc(row: Row, *, only_true: bool = False) -> list[Example]:
     """
     if only_true and row.get("label") is not None and int(row["label"]) != 1:
         return []
-    text, pronoun = row["text"], row["span2_text"]
+    text, pronoun = text_of(row, "text"), text_of(row, "span2_text")
     if text in _MENDED_WSC:
         part, mended = _MENDED_WSC[text]
         starred = text.replace(part, mended.format(pronoun))
@@ -91,7 +94,7 @@ def wsc(row: Row, *, only_true: bool = False) -> list[Example]:
         # Whatever is written at the pronoun, such as a comma, stays.
         words[row["span2_index"]] = word.replace(pronoun, f"*{pronoun}*", 1)
         starred = " ".join(words)
-    return [Example(f"wsc: {starred}", row["span1_text"], row)]
+    return [Example(f"wsc: {starred}", text_of(row, "span1_text"), row)]
 
 
 def dpr(row: Row) -> list[Example]:
@@ -99,9 +102,9 @@ def dpr(row: Row) -> list[Example]:
 
     As in T5 it is looked for between a space and a space, full stop or comma; where it is never so, nothing is starred.
     """
-    pronoun = re.compile(rf" ({re.escape(row['pronoun'])})( |\.|,)")
-    starred = pronoun.sub(r" *\1*\2", row["sentence"], count=1)
-    return [Example(f"wsc: {starred}", label_text(row, row["candidates"]), row)]
+    pronoun = re.compile(rf" ({re.escape(text_of(row, 'pronoun'))})( |\.|,)")
+    starred = pronoun.sub(r" *\1*\2", text_of(row, "sentence"), count=1)
+    return [Example(f"wsc: {starred}", label_text(row, texts_of(row, "candidates")), row)]
 
 
 def refers_to(candidate: str, prediction: str) -> int:

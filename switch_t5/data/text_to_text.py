@@ -184,6 +184,17 @@ def text_of(row: Row, key: str) -> str:
     return row[key]
 
 
+def texts_of(row: Row, key: str) -> list[str]:
+    """The texts of a field, of which there may be none.
+
+    Raises:
+      TypeError: it has something else.
+    """
+    if not isinstance(row[key], list | tuple) or not all(isinstance(text, str) for text in row[key]):
+        raise TypeError(f"its {key!r} is not a list of texts")
+    return list(row[key])
+
+
 def label_text(row: Row, labels: Sequence[str]) -> str:
     """The text of a row's label; ``<unk>`` where it is -1 or missing."""
     label = row.get("label")

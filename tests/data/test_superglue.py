@@ -288,12 +288,27 @@ def test_a_malformed_row_is_refused(row: dict[str, Any], message: str) -> None:
         (
             "super_glue_record_v102",
             {"passage": "p", "query": "q", "entities": 7, "answers": ["x"]},
-            "super_glue/record is (can only join an iterable)",
+            "super_glue/record is (its 'entities' is not a list of texts)",
         ),
         (
             "super_glue_multirc_v102",
             {"question": 1, "answer": "a", "paragraph": "p", "idx": {}, "label": 1},
-            "super_glue/multirc is ('int' object has no attribute 'replace')",
+            "super_glue/multirc is (its 'question' is not a text but of type int)",
+        ),
+        (
+            "super_glue_record_v102",
+            {"passage": "p", "query": "q", "entities": ["Paris"], "answers": "Paris"},
+            "super_glue/record is (its 'answers' is not a list of texts)",
+        ),
+        (
+            "super_glue_axb_v102",
+            {"sentence1": 7, "sentence2": "b", "label": 1},
+            "super_glue/axb is (its 'sentence1' is not a text but of type int)",
+        ),
+        (
+            "super_glue_wsc_v102_simple_train",
+            WSC | {"span1_text": 7},
+            "super_glue/wsc is (its 'span1_text' is not a text but of type int)",
         ),
         (
             "super_glue_boolq_v102",
