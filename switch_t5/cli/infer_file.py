@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
     from switch_t5.cli.processes import as_the_first, is_first
     from switch_t5.cli.trained import load_params
     from switch_t5.data.pipeline import get_vocabulary
-    from switch_t5.data.truncation import ended, is_cut
+    from switch_t5.data.truncation import cut_and_ended, is_cut
 
     params, step = load_params(run, args.checkpoint or run.spec.train.model_dir)
     vocabulary, predictor, counts = get_vocabulary(run.spec.data), run.predictor, Counts()
@@ -76,12 +77,12 @@ def infer_file(run: Run, args: argparse.Namespace) -> int:
     with _Lines(args.output, described | {"chunk": chunk}, active=is_first()) as lines:
         done = as_the_first(lines.done)
         source = _inputs(args.input, to_text, args.skip_malformed, counts)
-        for _ in range(done):
-            next(source, None)
+        for _, text in itertools.islice(source, done):
+            counts.truncated += is_cut(vocabulary.encode(text), predictor.inputs_length)
         for rows in _chunks(source, chunk):
             encoded = [vocabulary.encode(text) for _, text in rows]
             counts.truncated += sum(is_cut(tokens, predictor.inputs_length) for tokens in encoded)
-            encoded = [ended(vocabulary, tokens, predictor.inputs_length) for tokens in encoded]
+            encoded = [cut_and_ended(vocabulary, tokens, predictor.inputs_length) for tokens in encoded]
             for (number, text), outputs in zip(
                 rows, predictor(params, encoded, [number for number, _ in rows]), strict=True
             ):
@@ -151,9 +152,11 @@ def _inputs(
 
 
 def _text_of(line: bytes, plain: bool, to_text: Callable[[dict[str, Any]], str]) -> str:
+    if not plain:
+        return to_text(parse_row(line))
     if not line.strip():
         raise UserError("is empty")
-    return decoded(line).rstrip("\r\n") if plain else to_text(parse_row(line))
+    return decoded(line).rstrip("\r\n")
 
 
 def _chunks(source: Iterator[tuple[int, str]], size: int) -> Iterator[Sequence[tuple[int, str]]]:

@@ -56,7 +56,7 @@ def _lines(path: str, modified: int) -> tuple[tuple[int, Row], ...]:
 
 
 def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a file of JSON lines, each with the number of its line; empty lines are skipped.
+    """The rows of a file of JSON lines, each with the number of its line.
 
     Raises:
       UserError: a line is malformed.
@@ -69,9 +69,14 @@ def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, each with its number from 1; empty ones are skipped."""
+    """The lines of a file, each with its number from 1; empty ones at its end are not there."""
+    empty: list[tuple[int, bytes]] = []
     with open(file, "rb") as lines:
-        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        for number, line in enumerate(lines, start=1):
+            empty.append((number, line))
+            if line.strip():
+                yield from empty
+                empty.clear()
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
@@ -80,6 +85,8 @@ def parse_row(line: bytes) -> dict[str, Any]:
     Raises:
       UserError: a clause that says what it is instead.
     """
+    if not line.strip():
+        raise UserError("is empty")
     text = decoded(line)
     try:
         row = json.loads(text, parse_constant=_no_number)

@@ -1,4 +1,4 @@
-"""How many of the examples that a run trains on are longer than its model reads, and so are cut."""
+"""What is longer than a model reads, and so is cut: inputs of evaluation and inference, and a run's examples."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def is_cut(tokens: Sequence[int], length: int) -> bool:
     return len(tokens) >= length
 
 
-def ended(vocabulary: seqio.Vocabulary, tokens: Sequence[int], length: int) -> np.ndarray:
-    """The first of a text's tokens and the end of sequence, ``length`` int32 at the most."""
+def cut_and_ended(vocabulary: seqio.Vocabulary, tokens: Sequence[int], length: int) -> np.ndarray:
+    """The first of a text's tokens and the end of sequence, ``[at most length]`` int32."""
     return np.asarray([*tokens[: length - 1], vocabulary.eos_id], np.int32)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from switch_t5.data.pipeline import DataConfig, get_vocabulary
 from switch_t5.data.rows import numbered_rows, read_rows
 from switch_t5.data.text_to_text import Example, Scores, TextToTextTask, get_task, label_numbers, task_names_of
-from switch_t5.data.truncation import ended, is_cut
+from switch_t5.data.truncation import cut_and_ended, is_cut
 from switch_t5.errors import UserError
 from switch_t5.inference.config import EvaluationConfig
 from switch_t5.inference.predictor import Output, Predictor
@@ -120,7 +120,7 @@ def encode_task(task: TextToTextTask, config: EvaluationConfig, vocabulary: Any,
     for example in examples:
         tokens = vocabulary.encode(example.inputs)
         truncated += is_cut(tokens, length)
-        inputs.append(ended(vocabulary, tokens, length))
+        inputs.append(cut_and_ended(vocabulary, tokens, length))
     return EncodedTask(task, examples, inputs, truncated)
 
 

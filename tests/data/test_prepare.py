@@ -136,7 +136,7 @@ def test_a_split_that_a_task_lacks_is_refused(output: Path) -> None:
     [
         (b'{"premise": "A"\n', r"train.jsonl:1 is not JSON: Expecting ',' delimiter at column 1"),
         (b'{"premise": "A", "hypothesis": "B", "label": "maybe"}\n', "train.jsonl:1 has the label 'maybe'"),
-        (b'\n\n{"premise": "A", "label": 0}\n', "train.jsonl:3 lacks the field 'hypothesis' of super_glue/cb"),
+        (b'\n\n{"premise": "A", "label": 0}\n', "train.jsonl:1 is empty"),
         (b'{"premise": "\xff"}\n', "train.jsonl:1 is not UTF-8 at byte 14"),
         (b"[]\n", "train.jsonl:1 must be a JSON object, got list"),
         (b'{"premise": "\\ud800", "hypothesis": "B", "label": 0}\n', "train.jsonl:1 has half of a surrogate pair"),
@@ -200,28 +200,26 @@ def test_malformed_rows_are_left_out_by_choice_and_counted(output: Path, tmp_pat
     (done,) = prepare("super_glue", tmp_path, output, skip_malformed=True)
     assert done.rows == 2
     assert done.malformed[0] == f"{path}:2 {IS_BAD}"
-    assert [sentence.split(" ")[0] for sentence in done.malformed] == [f"{path}:2", f"{path}:5"]
+    assert [sentence.split(" ")[0] for sentence in done.malformed] == [f"{path}:2", f"{path}:4", f"{path}:5"]
     assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
 
 
 def test_a_bad_row_of_json_lines_is_named_by_its_line(output: Path, tmp_path: Path) -> None:
     path = tmp_path / "cb/train.jsonl"
-    path.parent.mkdir()
-    path.write_text(f"\n\n{json.dumps(BAD)}\n")
+    write_lines(path, [*CB[:2], BAD])
     assert refused("super_glue", tmp_path, output) == f"{path}:3 {IS_BAD}{LEFT_OUT}"
 
 
 def test_a_bad_row_of_a_prepared_file_is_named_by_its_line(output: Path) -> None:
     path = output / "super_glue/cb/train.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text(f"\n\n{json.dumps(BAD)}\n")
+    write_lines(path, [*CB[:2], BAD])
     with pytest.raises(UserError) as caught:
         read_rows(get_task("super_glue_cb_v102"), "train")
     assert str(caught.value) == f"{path}:3 {IS_BAD}."
-    path.write_text(f"\n{json.dumps(CB[0])}\n\n[]\n")
+    path.write_text(f"{json.dumps(CB[0])}\n\n[]\n")
     with pytest.raises(UserError) as caught:
         read_rows(get_task("super_glue_cb_v102"), "train")
-    assert str(caught.value) == f"{path}:4 must be a JSON object, got list."
+    assert str(caught.value) == f"{path}:2 is empty."
 
 
 def test_a_byte_order_mark_and_a_whole_surrogate_pair_are_read(output: Path, tmp_path: Path) -> None:
@@ -298,6 +296,18 @@ def test_the_parts_of_a_split_are_joined(output: Path, tmp_path: Path) -> None:
     done = prepare("super_glue", tmp_path, output)
     assert {split.split: split.rows for split in done} == {"train": 2, "validation": 2}
     assert list(read_rows(get_task("super_glue_cb_v102"), "train")) == CB
+
+
+def test_an_empty_line_between_records_is_malformed_and_one_at_the_end_is_none(output: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cb/train.jsonl"
+    write_lines(path, [CB[0]])
+    text = path.read_text().rstrip()
+    path.write_text(f"{text}\n \n{text}\n\n\n")
+    with pytest.raises(UserError) as caught:
+        prepare("super_glue", tmp_path, output)
+    assert str(caught.value) == f"{path}:2 is empty{LEFT_OUT}"
+    (done,) = prepare("super_glue", tmp_path, output, skip_malformed=True)
+    assert (done.rows, done.malformed) == (2, (f"{path}:2 is empty",))
 
 
 def test_the_command_says_how_many_records_it_left_out(
