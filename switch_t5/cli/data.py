@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from switch_t5.cli.output import refuse_empty
 from switch_t5.errors import UserError
 
 
@@ -74,6 +75,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from switch_t5.data.prepare import prepare
     from switch_t5.data.rows import data_folder
 
+    refuse_empty(args, "input", "output")
     output = data_folder() if args.output is None else Path(args.output)
     for split in prepare(args.dataset, Path(args.input), output, skip_malformed=args.skip_malformed):
         print(f"{split.dataset} {split.split}: {split.rows} rows in {split.path}")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switch_t5.cli.output import add_json_flag, write_json
+from switch_t5.cli.output import add_json_flag, refuse_empty, write_json
 from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     Raises:
       UserError: a flag is empty, names a file where a folder is wanted, or has no effect beside another.
     """
-    for flag in ("checkpoint", "predictions", "submission", "score_file", "metrics"):
-        if getattr(args, flag) == "":
-            raise UserError(f"--{flag} is empty: give it a path, or leave it out.")
+    refuse_empty(args, "checkpoint", "predictions", "submission", "score_file", "metrics")
     for flag in ("predictions", "submission", "metrics"):
         if getattr(args, flag) is not None and Path(getattr(args, flag)).is_file():
             raise UserError(f"--{flag}={getattr(args, flag)} is a file: name a folder.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from switch_t5.cli.output import add_json_flag, write_json
+from switch_t5.cli.output import add_json_flag, refuse_empty, write_json
 from switch_t5.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from switch_t5.cli.processes import if_first
     from switch_t5.cli.trained import load_params, open_run
 
+    refuse_empty(args, "checkpoint", "input", "output", "task", "field")
     if args.count is not None and args.count < 1:
         raise UserError(f"--count must be at least 1, got {args.count}.")
     if args.count is not None and (args.text or args.input is not None):

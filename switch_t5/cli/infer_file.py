@@ -56,10 +56,19 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} is of JSON lines: the lines of {args.input} are texts as they stand.")
     if args.input != STANDARD and not Path(args.input).is_file():
         raise UserError(f"--input={args.input} is not a file.")
-    if args.output is not None and args.input == STANDARD:
+    if args.output is not None:
+        _check_output(Path(args.output), args.input)
+
+
+def _check_output(output: Path, source: str) -> None:
+    if source == STANDARD:
         raise UserError("--output is resumable, which standard input is not: redirect standard output instead.")
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output={args.output} cannot be written: there is no folder {Path(args.output).parent}.")
+    if output.is_dir():
+        raise UserError(f"--output={output} is a folder: name a file.")
+    if output.absolute() == Path(source).absolute():
+        raise UserError(f"--output={output} is the input: name another file.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output={output} cannot be written: there is no folder {output.parent}.")
 
 
 def infer_file(run: Run, args: argparse.Namespace) -> int:
@@ -184,7 +193,6 @@ def _description(run: Run, args: argparse.Namespace, step: int) -> dict[str, Any
         "input": None if args.input == STANDARD else _digest(Path(args.input)),
         "task": args.task,
         "field": _field(args),
-        "skip_malformed": args.skip_malformed,
         "lengths": dict(run.spec.data.task_feature_lengths),
         "decoding": {
             name: value for name, value in dataclasses.asdict(run.spec.decoding).items() if name != "batch_size"
@@ -219,8 +227,8 @@ class _Lines:
             if self._path.exists() and self._path.stat().st_size:
                 if not origin.exists() or origin.read_text() != text:
                     raise UserError(
-                        f"{self._path} holds the answers to another input, checkpoint or decoding: name another "
-                        "--output, or remove it."
+                        f"{self._path} holds the answers to another input, checkpoint or decoding"
+                        f"{self._differing(origin)}: name another --output, or remove it."
                     )
                 self._take_back_part_of_a_chunk()
             else:
@@ -231,6 +239,14 @@ class _Lines:
     def __exit__(self, *exception: object) -> None:
         if self._path is not None:
             self._file.close()
+
+    def _differing(self, origin: Path) -> str:
+        """Which entries are others, in brackets; nothing where the file that says it is lost or torn."""
+        try:
+            saved = json.loads(origin.read_text())
+            return f" (another {', '.join(key for key in self._origin if saved.get(key) != self._origin[key])})"
+        except (OSError, ValueError, AttributeError):
+            return ""
 
     def _take_back_part_of_a_chunk(self) -> None:
         assert self._path is not None

@@ -26,6 +26,17 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_empty(args: argparse.Namespace, *flags: str) -> None:
+    """Refuses flags that were given without a value, as a shell does where a variable is unset.
+
+    Raises:
+      UserError: the first that was.
+    """
+    for flag in flags:
+        if getattr(args, flag) == "":
+            raise UserError(f"--{flag} is empty: give it a value, or leave it out.")
+
+
 def write_json(result: Any, destination: str | None) -> None:
     """Writes a result where the user asked for it: to a file at once and whole, or to standard output.
 

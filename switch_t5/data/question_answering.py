@@ -123,7 +123,7 @@ def _choices(
     labels: tuple[str, ...],
     fields: tuple[str, ...],
 ) -> TextToTextTask:
-    return TextToTextTask(name, dataset, tfds, examples, partial(label_scores, labels), fields)
+    return TextToTextTask(name, dataset, tfds, examples, partial(label_scores, labels), fields, labels=labels)
 
 
 _ARC_CHOICES = tuple(f"choice{number}" for number in range(1, 6))

@@ -192,6 +192,7 @@ TASKS = (
         fields=("question", "answer", "paragraph"),
         target_fields=("idx", "label"),
         labels=BOOLEANS,
+        index=("paragraph", "question", "answer"),
     ),
     TextToTextTask(
         name="super_glue_record_v102",
@@ -201,6 +202,7 @@ TASKS = (
         metrics=record_scores,
         fields=("passage", "query", "entities"),
         target_fields=("answers",),
+        index=("passage", "query"),
         once=lambda example: tuple((example.row.get("idx") or example.row)[key] for key in ("passage", "query")),
     ),
     _task("rte", "rte", ENTAILMENT, _PREMISE),

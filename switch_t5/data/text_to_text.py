@@ -52,6 +52,7 @@ class TextToTextTask:
       target_fields: what it must have besides where its target is known.
       splits: the dataset's splits by the task's: ``train``, ``validation`` and ``test`` where it has them.
       labels: the texts of its labels, in the order of their numbers; None for free text.
+      index: the numbers that make a row's ``idx``, by name; empty where it is one number.
       in_the_mean: whether the mean over tasks counts it, as its benchmark does.
       once: tells which examples of a split are asked for the same prediction, of which evaluation keeps the first.
     """
@@ -67,6 +68,7 @@ class TextToTextTask:
     )
     target_fields: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
+    index: tuple[str, ...] = ()
     in_the_mean: bool = True
     once: Callable[[Example], object] | None = None
 
@@ -95,6 +97,11 @@ class TextToTextTask:
                 has = ", ".join(map(repr, row)) or "none"
                 near = closest(field, row).replace(" Did", " (did").replace("?", "?)")
                 raise UserError(f"lacks the field {field!r} of {self.dataset}; it has {has}{near}")
+        index = row.get("idx")
+        numbers = [index.get(part) if isinstance(index, Mapping) else None for part in self.index] or [index]
+        if index is not None and not all(isinstance(number, int) for number in numbers):
+            wanted = f"a record with the numbers {', '.join(self.index)}" if self.index else "a number"
+            raise UserError(f"has the idx {index!r}; in {self.dataset} it is {wanted}")
         label = row.get("label")
         if self.labels is not None and label is not None and label != -1:
             known = range(len(self.labels))

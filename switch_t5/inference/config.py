@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from switch_t5.errors import ConfigError, check_types
+from switch_t5.errors import ConfigError, check_types, closest
+
+SPLITS = ("train", "validation", "test")
+"""Those that labelled tasks may have, by the tasks' names for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,5 +98,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.split not in SPLITS:
+            raise ConfigError(
+                "EvaluationConfig.split",
+                f"must be one of {', '.join(SPLITS)}, got {self.split!r}.{closest(self.split, SPLITS)}",
+            )
         if self.num_examples is not None and self.num_examples < 1:
             raise ConfigError("EvaluationConfig.num_examples", f"must be at least 1, got {self.num_examples}.")

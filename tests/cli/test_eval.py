@@ -33,7 +33,7 @@ def test_flags_that_have_no_effect_are_refused(
 @pytest.mark.parametrize("flag", ["checkpoint", "predictions", "submission", "score_file", "metrics"])
 def test_an_empty_flag_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", f"--{flag}="]) == 2
-    assert capsys.readouterr().err == f"switch-t5: --{flag} is empty: give it a path, or leave it out.\n"
+    assert capsys.readouterr().err == f"switch-t5: --{flag} is empty: give it a value, or leave it out.\n"
 
 
 @pytest.mark.parametrize("flag", ["predictions", "submission", "metrics"])

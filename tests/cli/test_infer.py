@@ -25,6 +25,10 @@ from switch_t5.cli.main import main
             "--field and --task exclude each other: a task takes its own fields of a row.",
         ),
         (["--input=none.jsonl"], "--input=none.jsonl is not a file."),
+        (["--input=a.txt", "--output="], "--output is empty: give it a value, or leave it out."),
+        (["--input=a.txt", "--output=."], "--output=. is a folder: name a file."),
+        (["--input=a.txt", "--output=./a.txt"], "--output=a.txt is the input: name another file."),
+        (["--input=a.txt", "--output=no/b"], "--output=no/b cannot be written: there is no folder no."),
     ],
 )
 def test_flags_that_have_no_effect_are_refused(

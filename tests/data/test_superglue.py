@@ -292,7 +292,13 @@ def test_a_malformed_row_is_refused(row: dict[str, Any], message: str) -> None:
         ),
         (
             "super_glue_multirc_v102",
-            {"question": 1, "answer": "a", "paragraph": "p", "idx": {}, "label": 1},
+            {
+                "question": 1,
+                "answer": "a",
+                "paragraph": "p",
+                "idx": {"paragraph": 0, "question": 1, "answer": 2},
+                "label": 1,
+            },
             "super_glue/multirc is (its 'question' is not a text but of type int)",
         ),
         (
@@ -321,6 +327,22 @@ def test_a_row_of_other_kinds_is_refused(name: str, row: dict[str, Any], message
     with pytest.raises(UserError) as caught:
         get_task(name).check(row)
     assert str(caught.value) == f"is not laid out as {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "wanted"),
+    [
+        ("super_glue_multirc_v102", 5, "a record with the numbers paragraph, question, answer"),
+        ("super_glue_multirc_v102", {"paragraph": 1}, "a record with the numbers paragraph, question, answer"),
+        ("super_glue_record_v102", [1], "a record with the numbers passage, query"),
+        ("super_glue_boolq_v102", [1, 2], "a number"),
+    ],
+)
+def test_an_index_of_another_layout_is_refused(name: str, index: Any, wanted: str) -> None:
+    task = get_task(name)
+    with pytest.raises(UserError) as caught:
+        task.check(TEXTS[name][0] | {"idx": index})
+    assert str(caught.value) == f"has the idx {index!r}; in {task.dataset} it is {wanted}"
 
 
 @pytest.mark.parametrize("row", [TEXTS["super_glue_rte_v102"][0], TEXTS["super_glue_rte_v102"][0] | {"label": None}])

@@ -10,6 +10,7 @@ from switch_t5.data.metrics_question_answering import normalized, word_f1
 from switch_t5.data.question_answering import padded_punctuation
 from switch_t5.data.text_to_text import get_task, tasks
 from switch_t5.errors import UserError
+from switch_t5.inference.task_scores import score
 
 PAIR = {"sentence1": "A.", "sentence2": "B.", "idx": 0}
 TEXTS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -155,6 +156,21 @@ def test_rouge_takes_a_full_stop_between_spaces_for_a_sentences_end() -> None:
 def test_a_row_whose_answer_or_layout_is_unknown_is_refused(name: str, changed: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"is not laid out as|has no answer that"):
         get_task(name).check({**TEXTS[name][0], **changed})
+
+
+@pytest.mark.parametrize("label", [3, "neutral", 1.7])
+def test_a_label_outside_its_set_is_told_with_the_set(label: object) -> None:
+    with pytest.raises(UserError) as caught:
+        get_task("anli_r3").check({**TEXTS["anli_r3"][0], "label": label})
+    assert str(caught.value) == f"has the label {label!r}; those of anli/r3 are [0, 1, 2] or -1 for unknown"
+
+
+@pytest.mark.parametrize("name", ["anli_r3", "arc_easy", "winogrande"])
+def test_predictions_that_are_no_choice_are_counted(name: str) -> None:
+    task = get_task(name)
+    (example,) = task.examples(TEXTS[name][0])
+    assert score(task, [example], ["gibberish"])["unparsed"] == 1
+    assert "unparsed" not in score(task, [example], [example.targets])
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))

@@ -12,7 +12,7 @@ import pytest
 from switch_t5.data.pipeline import DataConfig
 from switch_t5.data.rows import FOLDER_VARIABLE
 from switch_t5.data.text_to_text import get_task
-from switch_t5.errors import UserError
+from switch_t5.errors import ConfigError, UserError
 from switch_t5.inference.config import EvaluationConfig
 from switch_t5.inference.predictor import Output, buckets
 from switch_t5.inference.task_scores import TaskScorer, read_predictions, score, scored_tasks, write_predictions
@@ -62,6 +62,13 @@ def test_a_task_is_decoded_and_scored() -> None:
 def test_secret_labels_are_predicted_without_metrics() -> None:
     scorer = TaskScorer(DATA, EvaluationConfig(split="test"), SaysTrueToWet)  # pyright: ignore[reportArgumentType]
     assert scorer.scores({}) == {"super_glue_boolq_v102": {"examples": 1}}
+
+
+def test_a_misspelt_split_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"split must be one of train, validation, test, got 'tset'. Did you mean 'test'"
+    ):
+        EvaluationConfig(split="tset")
 
 
 def test_the_first_examples_alone() -> None:
