@@ -6,12 +6,13 @@
 The model is that of ``train_step.py``, an input has 512 tokens, an output 64, and none ends before. Each row runs in a
 process of its own, which times the whole (encoder and all steps), the same with one token, the encoder with the
 decoder's keys and values of its output, which are made once for an input, and the floor's products, again and again. A
-step is the difference of the first two over 63. Each of the three comes after a read of a gigabyte, so that none finds
-weights in the processor's cache.
+step is the difference of the first two over 63. The first three each come after a read of a gigabyte, so that none
+begins with weights in the processor's cache.
 
 The floor is the encoder's and those keys' and values' products, and for each step the larger of two: the step's own
 products, on arrays of the same shapes; and one read of the weights that a step needs at the bandwidth with which this
-machine reads a matrix of a gigabyte for one row. Of the experts a step needs as many as it has tokens, at the most.
+machine reads a matrix of a gigabyte for one row. Of the experts a step needs as many as it has tokens, at the most. A
+loop may take less: steps after the first find what of the weights the cache has kept.
 
 Memory is what XLA plans for the program, arguments and results included, over weights and cache.
 

@@ -78,7 +78,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     heading = (
         "| system | experts | wall s | CPU s | step / floor (wall) | over dense | tokens/s | peak MB | compile s |"
     )
-    if fine_tuning := any("fine_tuning_over_step_wall" in row for row in rows):
+    if fine_tuning := any("fine_tuning_wall_seconds" in row for row in rows):
         heading += " fine-tuning / step: wall | CPU |"
     lines = [heading, "|---" * (heading.count("|") - 1) + "|"]
     for row in rows:
@@ -94,9 +94,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{ratio} | {over} | {row['tokens_per_second']:,.0f} | {row['peak_bytes'] / 1e6:,.0f} | {compile_seconds} |"
         )
         if fine_tuning:
-            ratios = (row.get(f"fine_tuning_over_step_{kind}") for kind in ("wall", "cpu"))
-            lines[-1] += f" {' | '.join(f'{ratio:.2f}' if ratio else '–' for ratio in ratios)} |"
+            ratios = (
+                _ratio(row, f"fine_tuning_{kind}_seconds", f"step_in_turn_{kind}_seconds") for kind in ("wall", "cpu")
+            )
+            lines[-1] += f" {' | '.join(ratios)} |"
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any], above: str, below: str) -> str:
+    return f"{row[above] / row[below]:.2f}" if above in row else "–"
 
 
 def measure(experts: int, repeats: int, *, fine_tuning: bool = False) -> dict[str, Any]:
@@ -123,15 +129,13 @@ def measure(experts: int, repeats: int, *, fine_tuning: bool = False) -> dict[st
         "planned_bytes": planned + memory.temp_size_in_bytes,
         "compile_seconds": compile_seconds,
     }
-    for name, pair in seconds.items():
-        prefix = "" if name == "step" else f"{name}_"
-        row |= {f"{prefix}wall_seconds": pair[0], f"{prefix}cpu_seconds": pair[1]}
     if fine_tuning:
         del products
-        pair = {"step": run_step, "fine_tuning": _fine_tuning(reference_config(experts))}
-        seconds = times(pair, repeats, warm_up=3)
-        ratios = zip(("wall", "cpu"), seconds["fine_tuning"], seconds["step"], strict=True)
-        row |= {f"fine_tuning_over_step_{kind}": above / below for kind, above, below in ratios}
+        steps = {"step_in_turn": run_step, "fine_tuning": _fine_tuning(reference_config(experts))}
+        seconds |= times(steps, repeats, warm_up=3)
+    for name, (wall, cpu) in seconds.items():
+        prefix = "" if name == "step" else f"{name}_"
+        row |= {f"{prefix}wall_seconds": wall, f"{prefix}cpu_seconds": cpu}
     return row
 
 
