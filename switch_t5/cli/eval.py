@@ -224,6 +224,8 @@ def _submit(run: Run, args: argparse.Namespace) -> int:
         config = task.task.dataset.partition("/")[2]
         result = results[task.task.name]
         lines = submission_lines(config, result.examples, result.predictions)
-        print(f"wrote {write_submission(Path(args.submission), config, lines)}", file=sys.stderr)
+        unparsed = result.scores.get("unparsed")
+        first = f", with the first label for {unparsed} predictions that are none" if unparsed else ""
+        print(f"wrote {write_submission(Path(args.submission), config, lines)}{first}", file=sys.stderr)
     _write_predictions(if_first(args.predictions), results)
     return 0

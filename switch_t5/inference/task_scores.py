@@ -17,7 +17,15 @@ import numpy as np
 
 from switch_t5.data.pipeline import DataConfig, get_vocabulary
 from switch_t5.data.rows import numbered_rows, read_rows
-from switch_t5.data.text_to_text import Example, Scores, TextToTextTask, get_task, label_numbers, task_names_of
+from switch_t5.data.text_to_text import (
+    UNKNOWN,
+    Example,
+    Scores,
+    TextToTextTask,
+    get_task,
+    label_numbers,
+    task_names_of,
+)
 from switch_t5.data.truncation import cut_and_ended, is_cut
 from switch_t5.errors import UserError
 from switch_t5.inference.config import EvaluationConfig
@@ -140,7 +148,7 @@ def score(task: TextToTextTask, examples: Sequence[Example], predictions: Sequen
     if truncated:
         scores["truncated"] = truncated
     words = {example.targets for example in examples}
-    if task.labels is not None and words <= set(task.labels):
+    if task.labels is not None and words <= {*task.labels, UNKNOWN}:
         unparsed = sum(number < 0 for number in label_numbers(predictions, task.labels))
         scores |= {"unparsed": unparsed} if unparsed else {}
     return scores

@@ -62,6 +62,8 @@ def test_a_task_is_decoded_and_scored() -> None:
 def test_secret_labels_are_predicted_without_metrics() -> None:
     scorer = TaskScorer(DATA, EvaluationConfig(split="test"), SaysTrueToWet)  # pyright: ignore[reportArgumentType]
     assert scorer.scores({}) == {"super_glue_boolq_v102": {"examples": 1}}
+    (task,) = scorer.tasks
+    assert score(task.task, task.examples, ["maybe"]) == {"examples": 1, "unparsed": 1}
 
 
 def test_a_misspelt_split_is_refused_with_the_nearest() -> None:

@@ -97,7 +97,10 @@ def test_a_run_is_pre_trained_fine_tuned_scored_submitted_and_asked(
     ).stdout
     assert json.loads(again)["tasks"][TASK]["accuracy"] == result["accuracy"]
     only = (f"--gin.EvaluationConfig.tasks=('{TASK}',)", "--gin.EvaluationConfig.num_examples=2")
-    program.call("eval", *config, "--submission", str(tmp_path / "sent"), *only)
+    sent = program.call("eval", *config, "--submission", str(tmp_path / "sent"), "--predictions", str(tmp_path), *only)
+    said = [json.loads(line)["prediction"].strip() for line in (tmp_path / f"{TASK}.jsonl").read_text().splitlines()]
+    unparsed = sum(text not in ("True", "False") for text in said)
+    assert (f"with the first label for {unparsed} predictions" in sent.stderr) == (unparsed > 0)
     lines = [json.loads(line) for line in (tmp_path / "sent" / "BoolQ.jsonl").read_text().splitlines()]
     assert [line["idx"] for line in lines] == list(range(5))  # All rows, however few are scored.
     assert {line["label"] for line in lines} <= {"true", "false"}
